@@ -1,0 +1,45 @@
+#include "kernels/device.h"
+
+void ts_device_free(ts_device *device) {
+    if (device)
+        device->backend->free(device);
+}
+
+ts_status ts_device_alloc(ts_device *device, size_t n_bytes, const char *what, void **out) {
+    ts_status status = device->backend->alloc(device, n_bytes ? n_bytes : 1, out);
+    if (status != TS_ERR_MEMORY)
+        return status;
+    size_t free_bytes = 0, total_bytes = 0;
+    (void)device->backend->memory(device, &free_bytes, &total_bytes);
+    return TS_FAIL(TS_ERR_MEMORY, "%s: %zu bytes of %s memory could not be had; %zu of %zu bytes are free",
+                   device->backend->name, n_bytes, what, free_bytes, total_bytes);
+}
+
+void ts_device_release(ts_device *device, void *data) {
+    if (data)
+        device->backend->release(device, data);
+}
+
+ts_status ts_device_upload(ts_device *device, void *data, const void *host, size_t n_bytes) {
+    return n_bytes ? device->backend->upload(device, data, host, n_bytes) : TS_OK;
+}
+
+ts_status ts_device_download(ts_device *device, void *host, const void *data, size_t n_bytes) {
+    return n_bytes ? device->backend->download(device, host, data, n_bytes) : TS_OK;
+}
+
+ts_status ts_device_copy(ts_device *device, void *to, const void *from, size_t n_bytes) {
+    return n_bytes ? device->backend->copy(device, to, from, n_bytes) : TS_OK;
+}
+
+ts_status ts_device_zero(ts_device *device, void *data, size_t n_bytes) {
+    return n_bytes ? device->backend->zero(device, data, n_bytes) : TS_OK;
+}
+
+ts_status ts_device_synchronize(ts_device *device) {
+    return device->backend->synchronize(device);
+}
+
+ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes) {
+    return device->backend->memory(device, free_bytes, total_bytes);
+}

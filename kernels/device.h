@@ -1,0 +1,76 @@
+// A device: where tensors live and ops run. One process drives one device.
+//
+//     ts_device *device;
+//     TS_TRY(ts_cpu_device_create(n_threads, &device));            // kernels/cpu/cpu.h, or the constructor of another backend
+//     TS_TRY(ts_device_alloc(device, n_bytes, "weights", &data));
+//     TS_TRY(ts_op_linear(device, &args));                         // kernels/ops.h; enqueued, in order
+//     TS_TRY(ts_device_download(device, host, data, n_bytes));     // waits for what was enqueued before it
+//     ts_device_free(device);
+//
+// Work is ordered: each call acts as if it began when the one before it had ended. Only download and synchronize wait.
+// A backend is one ts_device_backend table for memory and one ts_ops table for arithmetic; shared code knows no other name of it.
+// A device is used from one thread at a time.
+#ifndef TS_DEVICE_H
+#define TS_DEVICE_H
+
+#include "kernels/base/dtype.h"
+#include "kernels/base/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct ts_device ts_device;
+typedef struct ts_ops ts_ops;
+
+typedef struct ts_device_backend {
+    const char *name; // "cpu", "cuda"
+    void (*free)(ts_device *device);
+    ts_status (*alloc)(ts_device *device, size_t n_bytes, void **out);
+    void (*release)(ts_device *device, void *data);
+    ts_status (*upload)(ts_device *device, void *data, const void *host, size_t n_bytes);
+    ts_status (*download)(ts_device *device, void *host, const void *data, size_t n_bytes);
+    ts_status (*copy)(ts_device *device, void *to, const void *from, size_t n_bytes);
+    ts_status (*zero)(ts_device *device, void *data, size_t n_bytes);
+    ts_status (*synchronize)(ts_device *device);
+    ts_status (*memory)(ts_device *device, size_t *free_bytes, size_t *total_bytes);
+} ts_device_backend;
+
+// What every backend's device begins with.
+struct ts_device {
+    const ts_device_backend *backend;
+    const ts_ops *ops;
+    // Spans of different sequences may share one prefill batch without changing a bit of any row's value (I3).
+    bool packs_prefill;
+};
+
+// Frees the device; what was allocated on it must have been released. Accepts NULL.
+void ts_device_free(ts_device *device);
+
+// Zero-filled memory, aligned to 256 bytes. `what` names it in the error. Not on the token path.
+ts_status ts_device_alloc(ts_device *device, size_t n_bytes, const char *what, void **out);
+
+// Accepts NULL.
+void ts_device_release(ts_device *device, void *data);
+
+// Host to device. `host` may be reused at once.
+ts_status ts_device_upload(ts_device *device, void *data, const void *host, size_t n_bytes);
+
+// Device to host; returns when the bytes are there.
+ts_status ts_device_download(ts_device *device, void *host, const void *data, size_t n_bytes);
+
+// Device to device; the ranges must not overlap.
+ts_status ts_device_copy(ts_device *device, void *to, const void *from, size_t n_bytes);
+
+ts_status ts_device_zero(ts_device *device, void *data, size_t n_bytes);
+
+// Waits for all enqueued work and returns its first failure.
+ts_status ts_device_synchronize(ts_device *device);
+
+// Bytes that could still be allocated, and bytes in all.
+ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

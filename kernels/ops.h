@@ -1,0 +1,188 @@
+// Every op of the model: equation (numbers as in docs/model.md), shapes, limits. A backend is one table of them.
+//
+// Notation: M rows of a batch; D hidden size; H query heads, KV key/value heads, d head size, T tile size, all as owned by
+// this rank; V rows of the vocabulary on this rank. Activations are f32 on the CPU backend. Accumulation is at least f32;
+// decay sums (c, E) and importance are f64. Unless an op says so, inputs and outputs must not overlap.
+//
+// ts_op_<name> checks the arguments (TS_ERR_INVALID), looks the op up in the device's table (TS_ERR_UNSUPPORTED when the
+// backend lacks it) and enqueues it. Nothing here allocates but scratch that a device grows to the largest batch seen.
+#ifndef TS_OPS_H
+#define TS_OPS_H
+
+#include "kernels/base/tensor.h"
+#include "kernels/device.h"
+#include "kernels/sparsity.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Consecutive tokens of one sequence inside a batch.
+typedef struct ts_span {
+    int32_t sequence; // its row in the tile cache
+    int32_t n_tokens; // > 0; 1 in a decode batch
+    int64_t row;      // first row of the batch
+    int64_t position; // position of the first token in its sequence
+} ts_span;
+
+// The rows of one forward pass. A sequence appears in at most one span. Spans cover the rows in order, without holes.
+typedef struct ts_batch {
+    bool decode; // every span has one token; a row's value must not depend on the number of rows (I3)
+    int32_t n_spans;
+    int64_t n_rows;
+    const ts_span *spans;        // host memory
+    const ts_span *device_spans; // the same on the device
+    const int32_t *tokens;       // [n_rows] device
+} ts_batch;
+
+// One layer's part of the tile cache, as the attention ops see it. All pointers are device memory.
+// Per sequence s and KV head j, at index (s * n_kv_heads + j):
+typedef struct ts_tile_cache_layer {
+    int32_t n_heads, n_kv_heads, head_dim, tile_size;
+    float *open_k;     // [T, d] k^ of the open tile, first position % T rows valid
+    float *open_v;     // [T, d]
+    double *open_c;    // [T] eq. (5)
+    float *query_sum;  // [d] sum of q^ over the open tile and the query heads of the group
+    double *decay_end; // [1] E of the last complete tile, eq. (6)
+    float *state;      // [d, d] S^ of the open tile, eq. (8); row i belongs to feature i of k^
+    float *mass;       // [d] z^ of the open tile
+    int64_t *pairs;    // [2] tile pairs available and selected so far
+    int32_t *n_held;   // [1] tiles held: slots 0 .. n_held - 1 of the sequence. Sparse form only, as all below
+
+    bool is_sparse; // false: the dense recurrence; no tile is kept
+    ts_sparsity sparsity;
+    // A sequence's slot i is page_table[s * page_table_stride + i]. Per KV head j and page p, at index (j * n_pages + p):
+    int64_t n_pages, page_table_stride;
+    const int32_t *page_table;
+    ts_dtype slot_dtype;
+    void *slot_state;       // [d, d] S_t, eq. (7), of slot_dtype
+    float *slot_mass;       // [d] z_t
+    double *slot_decay_end; // [1] E_t
+    double *slot_key;       // [1] key_t = log sum z_t - E_t
+    int64_t *slot_tile;     // [1] t
+    const uint8_t *const *pruned; // [n_sequences] -> [tiles] 1 where rule 1 prunes; shared by layers
+} ts_tile_cache_layer;
+
+// What rule 1 needs of each sequence; shared by layers, the same on every tensor-parallel rank.
+typedef struct ts_tile_history {
+    int32_t n_kv_heads;         // on this rank
+    int32_t tile_size, sink_tiles;
+    double prune_ratio;
+    double *open_mass;          // [n_sequences, n_kv_heads] importance of the open tile so far
+    double *const *importance;  // [n_sequences] -> [tiles] I_t, all KV heads of the model
+    uint8_t *const *pruned;     // [n_sequences] -> [tiles]
+} ts_tile_history;
+
+// x[i, :] = table[tokens[i] - first_token, :], or 0 where the token is not in [first_token, first_token + table.rows).
+typedef struct ts_embed_args {
+    const int32_t *tokens; // [M] device
+    int64_t first_token;   // of this rank's vocabulary shard
+    ts_tensor table;       // [V, D] any weight dtype
+    ts_tensor x;           // [M, D] out
+} ts_embed_args;
+
+// x += residual where given; h = x / sqrt(mean(x^2) + eps) * weight, in f32.
+typedef struct ts_rms_norm_args {
+    ts_tensor x;               // [M, D] in, and out where residual is given
+    const ts_tensor *residual; // [M, D] or NULL
+    ts_tensor weight;          // [1, D] f32
+    double eps;
+    ts_tensor h; // [M, D] out
+} ts_rms_norm_args;
+
+typedef enum ts_activation { TS_ACTIVATION_NONE, TS_ACTIVATION_GELU_TANH } ts_activation;
+
+// y = activation(x w^T + bias).
+typedef struct ts_linear_args {
+    ts_tensor x;           // [M, K]
+    ts_tensor w;           // [N, K] F32, BF16 or F16
+    const ts_tensor *bias; // [1, N] f32 or NULL
+    ts_tensor y;           // [M, N] out
+    ts_activation activation;
+    bool row_invariant; // a row's value must not depend on M: decode (I3)
+} ts_linear_args;
+
+// y = silu(gate_up[:, :F]) * gate_up[:, F:].
+typedef struct ts_swiglu_args {
+    ts_tensor gate_up; // [M, 2 F]
+    ts_tensor y;       // [M, F] out
+} ts_swiglu_args;
+
+// y[i, :] = x[rows[i], :].
+typedef struct ts_gather_rows_args {
+    ts_tensor x;         // [M, D]
+    const int64_t *rows; // [y.rows] host memory
+    ts_tensor y;         // out
+} ts_gather_rows_args;
+
+// Importance of the tiles that the batch completes, before rule 1: I_t per KV head, the sum of k^ over the tile's tokens
+// and features, eqs. (2) and (4). Tiles of one batch are numbered span by span: the tiles that span i completes begin at
+// the sum over earlier spans of floor((position + n_tokens) / T) - floor(position / T).
+typedef struct ts_tile_importance_args {
+    const ts_batch *batch;
+    ts_tensor qkvg; // as in ts_attention_args
+    int32_t n_heads, head_dim;
+    const ts_tile_history *history; // open_mass is read and written
+    double *importance;             // [tiles completed, n_kv_heads] out
+} ts_tile_importance_args;
+
+// Rule 1 for the tiles that the batch completes. Heads are summed in the order of ranks, so every rank decides alike.
+typedef struct ts_tile_prune_args {
+    const ts_batch *batch;
+    int32_t n_ranks;
+    const double *importance; // [n_ranks, tiles completed, n_kv_heads] what each rank's ts_op_tile_importance gave
+    const ts_tile_history *history; // importance and pruned are written
+} ts_tile_prune_args;
+
+// Eqs. (1) to (9) for a batch, from projections to outputs. Reads and advances the cache: a span begins where the
+// sequence's open tile ends, and every tile that it completes is stored, pruned, evicted and selected from (rules 1 to 4).
+typedef struct ts_attention_args {
+    const ts_batch *batch;
+    ts_tensor qkvg; // [M, (H + 2 KV) d + 2 KV]: W_q h | W_k h | W_v h | W_gamma h + b_gamma | W_delta h + b_delta
+    const ts_tile_cache_layer *cache;
+    double decay_temperature, normalizer_eps;
+    ts_tensor y; // [M, H d] out
+} ts_attention_args;
+
+// Per row of a vocabulary shard: the largest logit, the sum of exp(logit - largest), and the target's logit (-inf where
+// the target is outside [first_token, first_token + V)). Shards merge into a cross entropy.
+typedef struct ts_cross_entropy_args {
+    ts_tensor logits;       // [M, V]
+    const int32_t *targets; // [M] device
+    int64_t first_token;
+    double *parts; // [M, 3] out: largest, sum, target
+} ts_cross_entropy_args;
+
+struct ts_ops {
+    const char *name; // for messages: "cpu (x86-64-v4)"
+    ts_status (*embed)(ts_device *device, const ts_embed_args *args);
+    ts_status (*rms_norm)(ts_device *device, const ts_rms_norm_args *args);
+    ts_status (*linear)(ts_device *device, const ts_linear_args *args);
+    ts_status (*swiglu)(ts_device *device, const ts_swiglu_args *args);
+    ts_status (*gather_rows)(ts_device *device, const ts_gather_rows_args *args);
+    ts_status (*tile_importance)(ts_device *device, const ts_tile_importance_args *args);
+    ts_status (*tile_prune)(ts_device *device, const ts_tile_prune_args *args);
+    ts_status (*attention)(ts_device *device, const ts_attention_args *args);
+    ts_status (*cross_entropy)(ts_device *device, const ts_cross_entropy_args *args);
+};
+
+ts_status ts_op_embed(ts_device *device, const ts_embed_args *args);
+ts_status ts_op_rms_norm(ts_device *device, const ts_rms_norm_args *args);
+ts_status ts_op_linear(ts_device *device, const ts_linear_args *args);
+ts_status ts_op_swiglu(ts_device *device, const ts_swiglu_args *args);
+ts_status ts_op_gather_rows(ts_device *device, const ts_gather_rows_args *args);
+ts_status ts_op_tile_importance(ts_device *device, const ts_tile_importance_args *args);
+ts_status ts_op_tile_prune(ts_device *device, const ts_tile_prune_args *args);
+ts_status ts_op_attention(ts_device *device, const ts_attention_args *args);
+ts_status ts_op_cross_entropy(ts_device *device, const ts_cross_entropy_args *args);
+
+// Tiles that a span, or all spans of a batch, complete.
+static inline int64_t ts_span_tiles_completed(const ts_span *span, int32_t tile_size) {
+    return (span->position + span->n_tokens) / tile_size - span->position / tile_size;
+}
+int64_t ts_batch_tiles_completed(const ts_batch *batch, int32_t tile_size);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
