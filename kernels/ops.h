@@ -1,11 +1,12 @@
 // Every op of the model: equation (numbers as in docs/model.md), shapes, limits. A backend is one table of them.
 //
-// Notation: M rows of a batch; D hidden size; H query heads, KV key/value heads, d head size, T tile size, all as owned by
-// this rank; V rows of the vocabulary on this rank. Activations are f32 on the CPU backend. Accumulation is at least f32;
-// decay sums (c, E) and importance are f64. Unless an op says so, inputs and outputs must not overlap.
+// Notation: M rows of a batch; D hidden size; H query heads, KV key/value heads, d head size, T tile size, all as owned
+// by this rank; V rows of the vocabulary on this rank. Activations are f32 on the CPU backend. Accumulation is at least
+// f32; decay sums (c, E) and importance are f64. Unless an op says so, inputs and outputs must not overlap.
 //
-// ts_op_<name> checks the arguments (TS_ERR_INVALID), looks the op up in the device's table (TS_ERR_UNSUPPORTED when the
-// backend lacks it) and enqueues it. Nothing here allocates but scratch that a device grows to the largest batch seen.
+// ts_op_<name> checks the arguments (TS_ERR_INVALID), looks the op up in the device's table (TS_ERR_UNSUPPORTED when
+// the backend lacks it) and enqueues it. Nothing here allocates but scratch that a device grows to the largest batch
+// seen.
 #ifndef TS_OPS_H
 #define TS_OPS_H
 
@@ -51,26 +52,27 @@ typedef struct ts_tile_cache_layer {
 
     bool is_sparse; // false: the dense recurrence; no tile is kept
     ts_sparsity sparsity;
-    // A sequence's slot i is page_table[s * page_table_stride + i]. Per KV head j and page p, at index (j * n_pages + p):
+    // A sequence's slot i is page_table[s * page_table_stride + i]. Per KV head j and page p, at index (j * n_pages +
+    // p):
     int64_t n_pages, page_table_stride;
     const int32_t *page_table;
     ts_dtype slot_dtype;
-    void *slot_state;       // [d, d] S_t, eq. (7), of slot_dtype
-    float *slot_mass;       // [d] z_t
-    double *slot_decay_end; // [1] E_t
-    double *slot_key;       // [1] key_t = log sum z_t - E_t
-    int64_t *slot_tile;     // [1] t
+    void *slot_state;             // [d, d] S_t, eq. (7), of slot_dtype
+    float *slot_mass;             // [d] z_t
+    double *slot_decay_end;       // [1] E_t
+    double *slot_key;             // [1] key_t = log sum z_t - E_t
+    int64_t *slot_tile;           // [1] t
     const uint8_t *const *pruned; // [n_sequences] -> [tiles] 1 where rule 1 prunes; shared by layers
 } ts_tile_cache_layer;
 
 // What rule 1 needs of each sequence; shared by layers, the same on every tensor-parallel rank.
 typedef struct ts_tile_history {
-    int32_t n_kv_heads;         // on this rank
+    int32_t n_kv_heads; // on this rank
     int32_t tile_size, sink_tiles;
     double prune_ratio;
-    double *open_mass;          // [n_sequences, n_kv_heads] importance of the open tile so far
-    double *const *importance;  // [n_sequences] -> [tiles] I_t, all KV heads of the model
-    uint8_t *const *pruned;     // [n_sequences] -> [tiles]
+    double *open_mass;         // [n_sequences, n_kv_heads] importance of the open tile so far
+    double *const *importance; // [n_sequences] -> [tiles] I_t, all KV heads of the model
+    uint8_t *const *pruned;    // [n_sequences] -> [tiles]
 } ts_tile_history;
 
 // x[i, :] = table[tokens[i] - first_token, :], or 0 where the token is not in [first_token, first_token + table.rows).
@@ -115,9 +117,9 @@ typedef struct ts_gather_rows_args {
     ts_tensor y;         // out
 } ts_gather_rows_args;
 
-// Importance of the tiles that the batch completes, before rule 1: I_t per KV head, the sum of k^ over the tile's tokens
-// and features, eqs. (2) and (4). Tiles of one batch are numbered span by span: the tiles that span i completes begin at
-// the sum over earlier spans of floor((position + n_tokens) / T) - floor(position / T).
+// Importance of the tiles that the batch completes, before rule 1: I_t per KV head, the sum of k^ over the tile's
+// tokens and features, eqs. (2) and (4). Tiles of one batch are numbered span by span: the tiles that span i completes
+// begin at the sum over earlier spans of floor((position + n_tokens) / T) - floor(position / T).
 typedef struct ts_tile_importance_args {
     const ts_batch *batch;
     ts_tensor qkvg; // as in ts_attention_args
@@ -135,7 +137,8 @@ typedef struct ts_tile_prune_args {
 } ts_tile_prune_args;
 
 // Eqs. (1) to (9) for a batch, from projections to outputs. Reads and advances the cache: a span begins where the
-// sequence's open tile ends, and every tile that it completes is stored, pruned, evicted and selected from (rules 1 to 4).
+// sequence's open tile ends, and every tile that it completes is stored, pruned, evicted and selected from (rules 1 to
+// 4).
 typedef struct ts_attention_args {
     const ts_batch *batch;
     ts_tensor qkvg; // [M, (H + 2 KV) d + 2 KV]: W_q h | W_k h | W_v h | W_gamma h + b_gamma | W_delta h + b_delta

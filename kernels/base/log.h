@@ -8,7 +8,8 @@ extern "C" {
 
 typedef enum ts_log_level { TS_LOG_ERROR, TS_LOG_WARNING, TS_LOG_INFO, TS_LOG_DEBUG } ts_log_level;
 
-// Call once at start, before other threads exist: the one piece of process-wide state. `rank` is printed when `size` > 1.
+// Call once at start, before other threads exist: the one piece of process-wide state. `rank` is printed when `size`
+// > 1.
 void ts_log_configure(int rank, int size, ts_log_level level);
 
 // Writes one line "tessera[rank]: level: text" to stderr in a single write, so that ranks do not interleave.
