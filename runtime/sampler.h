@@ -1,0 +1,67 @@
+// Choosing the next token from logits that are sharded over the vocabulary.
+//
+// Every rank of the tensor-parallel group turns its shard of a row into a few candidates; the root merges them and picks.
+// Order of operations, as in vLLM: repetition, presence and frequency penalty and logit_bias; tokens that may not come yet
+// (min_tokens) leave; temperature; top_k; top_p over what top_k left; min_p; one draw. The draw is a pure function of
+// (seed, request, sample, position), see philox.h. Log-probabilities are those of the model, before all of this.
+//
+//     ts_sampler_row_begin(&row, params, ...)             on every rank, when a sequence starts
+//     ts_sampler_row_prompt / ts_sampler_row_token        on every rank, for every token fed
+//     ts_sampler_choose(sampler, tp, logits, rows, n, choices)   collective; choices at the root
+//     ts_sampler_row_end(&row)
+#ifndef TS_SAMPLER_H
+#define TS_SAMPLER_H
+
+#include "comm/comm.h"
+#include "kernels/base/tensor.h"
+#include "runtime/sampling_params.h"
+
+enum { TS_SAMPLER_MAX_STOPS = 64 };
+
+// What sampling knows of one sequence on one rank.
+typedef struct ts_sampler_row {
+    ts_sampling_params params; // its arrays are owned
+    uint64_t request;          // names the request in the counter of the generator
+    uint32_t sample;
+    int64_t n_generated;     // tokens chosen and fed
+    int32_t *n_times;        // [V] how often each token of this shard was generated; NULL without penalties
+    uint8_t *in_prompt;      // [V]; NULL without repetition penalty
+    int64_t first_token, n_tokens; // the shard
+    const int32_t *eos;      // borrowed
+    int32_t n_eos;
+} ts_sampler_row;
+
+// Copies params. Tokens [first_token, first_token + n_tokens) are this rank's; eos is borrowed until the row ends.
+ts_status ts_sampler_row_begin(ts_sampler_row *row, const ts_sampling_params *params, uint64_t request, uint32_t sample,
+                               int64_t first_token, int64_t n_tokens, const int32_t *eos, int32_t n_eos);
+void ts_sampler_row_end(ts_sampler_row *row);
+
+// Tokens of the prompt, and a generated token, as they are fed.
+void ts_sampler_row_prompt(ts_sampler_row *row, const int32_t *tokens, int64_t n);
+void ts_sampler_row_token(ts_sampler_row *row, int32_t token);
+
+typedef struct ts_token_logprob {
+    int32_t token;
+    double logprob;
+} ts_token_logprob;
+
+// The token of one row. logprob and top are set where the row's params ask for log-probabilities; top is in falling order.
+typedef struct ts_choice_of_token {
+    int32_t token;
+    double logprob;
+    int32_t n_top;
+    ts_token_logprob top[TS_LOGPROBS_MAX];
+} ts_choice_of_token;
+
+typedef struct ts_sampler ts_sampler;
+
+ts_status ts_sampler_create(ts_group *tp, ts_sampler **out); // tp is borrowed until free
+void ts_sampler_free(ts_sampler *sampler);
+
+// logits: [n, V] f32 in host memory, overwritten. rows[i] is the sequence of logits row i; several rows may read the same
+// logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices [n] are
+// set at rank 0 of the group. Collective.
+ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
+                            const int32_t *logit_row, int32_t n, ts_choice_of_token *choices);
+
+#endif
