@@ -13,7 +13,7 @@ enum {
     // all_reduce_sum: up to here every rank gathers and sums everything; above, each sums one slice of it.
     TS_COMM_SMALL_BYTES = 32 << 10,
     // Longest single transfer; longer ones go in blocks (MPI counts are int, and the scratch of a group is one block).
-    TS_COMM_BLOCK_BYTES = 4 << 20,
+    TS_COMM_BLOCK_BYTES = 1 << 20,
     // broadcast_message: what fits travels in one broadcast, together with its size.
     TS_COMM_HEAD_BYTES = 2048,
 };

@@ -120,9 +120,9 @@ ts_status ts_group_post(ts_group *group, int to, const void *data, size_t n_byte
 // sender and *message its bytes. The storage of *message may be exchanged for another: keep no pointer into it.
 ts_status ts_group_poll(ts_group *group, int *from, ts_message *message, bool *got);
 
-// As poll, but waits until a message is there, asleep between looks: the delay begins at some microseconds and grows to
-// a millisecond while nothing comes. Not collective. In a group of one rank an empty queue is TS_ERR_INVALID, because
-// nobody could end the wait.
+// As poll, but waits until a message is there, asleep between looks: for some microseconds at first, and the longer
+// nothing comes the longer, up to a millisecond. Not collective. In a group of one rank an empty queue is
+// TS_ERR_INVALID, because nobody could end the wait.
 ts_status ts_group_wait(ts_group *group, int *from, ts_message *message);
 
 // Waits until everything posted has left this rank. Not collective, but large messages leave only while their receiver

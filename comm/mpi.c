@@ -370,28 +370,32 @@ done:
     return status;
 }
 
-// Sleeps between looks that found nothing: 16 us at first, then doubling up to a limit. The limit is a millisecond
-// while nothing is there, and less while a transfer is under way, which on some transports advances only when looked
-// at.
-enum { NAP_FIRST_NS = 16000, NAP_BUSY_NS = 64000, NAP_IDLE_NS = 1000000 };
+// Sleeps between looks that found nothing, for a sixteenth of the time slept so far, so that a wait ends little later
+// than its message comes, whether that takes microseconds or hours. Two ranks that answer each other cannot drive each
+// other's delays up, as they would if a sleep were as long as the wait before it. The limit is a millisecond while
+// nothing is there, and less while a transfer is under way, which on some transports advances only when looked at.
+enum { NAP_LEAST_NS = 16000, NAP_BUSY_NS = 64000, NAP_IDLE_NS = 1000000 };
 
-static void nap(long *ns, long limit_ns) {
-    if (*ns > limit_ns)
-        *ns = limit_ns;
-    nanosleep(&(struct timespec){.tv_nsec = *ns}, NULL);
-    *ns *= 2;
+static void nap(int64_t *slept_ns, int64_t limit_ns) {
+    int64_t ns = *slept_ns / 16;
+    if (ns < NAP_LEAST_NS)
+        ns = NAP_LEAST_NS;
+    if (ns > limit_ns)
+        ns = limit_ns;
+    nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
+    *slept_ns += ns;
 }
 
 static ts_status mpi_wait(void *state, int *from, ts_message *message) {
     mpi_group *group = state;
     ts_status status = TS_OK;
-    long ns = NAP_FIRST_NS;
+    int64_t slept_ns = 0;
     for (;;) {
         bool got;
         TS_TRY(mpi_poll(group, from, message, &got));
         if (got)
             break;
-        nap(&ns, group->incoming_begun || group->n_sent > 0 ? NAP_BUSY_NS : NAP_IDLE_NS);
+        nap(&slept_ns, group->incoming_begun || group->n_sent > 0 ? NAP_BUSY_NS : NAP_IDLE_NS);
     }
 done:
     return status;
@@ -411,13 +415,13 @@ done:
 static ts_status mpi_flush(void *state) {
     mpi_group *group = state;
     ts_status status = TS_OK;
-    long ns = NAP_FIRST_NS;
+    int64_t slept_ns = 0;
     TS_TRY(reclaim_sent(group, group->n_sent));
     while (group->n_sent > 0) {
         bool received;
         TS_TRY(exchange(group, &received));
         if (!received && group->n_sent > 0)
-            nap(&ns, NAP_BUSY_NS);
+            nap(&slept_ns, NAP_BUSY_NS);
     }
 done:
     return status;
@@ -448,7 +452,7 @@ static ts_status settle(mpi_group *group) {
     ts_status status = TS_OK;
     MPI_Request barrier;
     int all_flushed = 0;
-    long ns = NAP_FIRST_NS;
+    int64_t slept_ns = 0;
     TS_TRY(mpi_flush(group));
     TS_TRY(MPI_STATUS(MPI_Ibarrier(group->comm, &barrier)));
     while (!all_flushed) {
@@ -456,7 +460,7 @@ static ts_status settle(mpi_group *group) {
         TS_TRY(exchange(group, &received));
         TS_TRY(MPI_STATUS(MPI_Test(&barrier, &all_flushed, MPI_STATUS_IGNORE)));
         if (!received && !all_flushed)
-            nap(&ns, NAP_BUSY_NS);
+            nap(&slept_ns, NAP_BUSY_NS);
     }
 done:
     return status;

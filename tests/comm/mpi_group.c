@@ -288,6 +288,7 @@ static void test_messages(checker *c, ts_group *group, bool flush_first) {
     bool got = true;
     CHECK_OK(c, ts_group_poll(group, &from, &message, &got));
     CHECK(c, !got, "a message of %zu bytes too many", message.n_bytes);
+    CHECK_OK(c, ts_group_barrier(group)); // nobody posts for the next test before all have looked
     ts_message_free(&message);
     CHECK(c, ts_group_post(group, size, "x", 1) == TS_ERR_INVALID, "receiver %d", size);
     CHECK(c, ts_group_post(group, -1, "x", 1) == TS_ERR_INVALID, "receiver -1");
