@@ -32,7 +32,7 @@ typedef struct layer_array {
     bool per_page;
 } layer_array;
 
-enum { MAX_ARRAYS = 16 };
+enum { MAX_ARRAYS = 14 };
 
 static size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
@@ -56,9 +56,9 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
         {offsetof(ts_tile_cache_layer, slot_key), sizeof(double), true},
         {offsetof(ts_tile_cache_layer, slot_tile), sizeof(int64_t), true},
     };
-    static_assert(sizeof all / sizeof *all <= MAX_ARRAYS, "layer_array table");
+    static_assert(sizeof all / sizeof *all == MAX_ARRAYS, "layer_array table");
     int n = 0;
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    for (int i = 0; i < MAX_ARRAYS; i++)
         if (!all[i].per_page || shape->is_sparse)
             arrays[n++] = all[i];
     return n;
