@@ -100,6 +100,11 @@ void ts_sampler_row_token(ts_sampler_row *row, int32_t token) {
         row->n_times[token - row->first_token]++;
 }
 
+void ts_sampler_row_copy_prompt(ts_sampler_row *row, const ts_sampler_row *from) {
+    if (row->in_prompt && from->in_prompt)
+        memcpy(row->in_prompt, from->in_prompt, (size_t)row->n_tokens);
+}
+
 ts_status ts_sampler_create(ts_group *tp, ts_sampler **out) {
     ts_status status = TS_OK;
     ts_sampler *sampler = calloc(1, sizeof *sampler);
@@ -412,7 +417,7 @@ done:
 }
 
 // Step 3, at the root.
-static ts_status merge(ts_sampler *sampler, const ts_sampler_row *const *rows, int32_t n, ts_choice_of_token *choices) {
+static ts_status merge(ts_sampler *sampler, const ts_sampler_row *const *rows, int32_t n, ts_next_token *choices) {
     ts_status status = TS_OK;
     const int n_ranks = ts_group_size(sampler->tp);
     size_t at = 0;
@@ -433,8 +438,8 @@ static ts_status merge(ts_sampler *sampler, const ts_sampler_row *const *rows, i
         }
         TS_CHECK(n_candidates > 0, TS_ERR_INTERNAL, "sampler: no token may follow; the logits are not finite numbers");
         const candidate chosen = pick(rows[i], sampler->merged, (int64_t)n_candidates, masses, n, n_ranks);
-        ts_choice_of_token *choice = &choices[i];
-        *choice = (ts_choice_of_token){.token = chosen.token};
+        ts_next_token *choice = &choices[i];
+        *choice = (ts_next_token){.token = chosen.token};
         if (rows[i]->params.logprobs < 0)
             continue;
         double largest = -INFINITY, total = 0;
@@ -451,14 +456,14 @@ static ts_status merge(ts_sampler *sampler, const ts_sampler_row *const *rows, i
         qsort(sampler->merged, n_all, sizeof *sampler->merged, by_raw);
         choice->n_top = n_all < (size_t)rows[i]->params.logprobs ? (int32_t)n_all : rows[i]->params.logprobs;
         for (int32_t t = 0; t < choice->n_top; t++)
-            choice->top[t] = (ts_token_logprob){sampler->merged[t].token, sampler->merged[t].raw - log_total};
+            choice->top[t] = (ts_scored_token){sampler->merged[t].token, sampler->merged[t].raw - log_total};
     }
 done:
     return status;
 }
 
 ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                            const int32_t *logit_row, int32_t n, ts_choice_of_token *choices) {
+                            const int32_t *logit_row, int32_t n, ts_next_token *choices) {
     ts_status status = TS_OK;
     TS_TRY(share_masses(sampler, logits, rows, logit_row, n));
     TS_TRY(collect(sampler, logits, rows, logit_row, n));

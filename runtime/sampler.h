@@ -16,8 +16,6 @@
 #include "kernels/base/tensor.h"
 #include "runtime/sampling_params.h"
 
-enum { TS_SAMPLER_MAX_STOPS = 64 };
-
 // What sampling knows of one sequence on one rank.
 typedef struct ts_sampler_row {
     ts_sampling_params params; // its arrays are owned
@@ -40,18 +38,21 @@ void ts_sampler_row_end(ts_sampler_row *row);
 void ts_sampler_row_prompt(ts_sampler_row *row, const int32_t *tokens, int64_t n);
 void ts_sampler_row_token(ts_sampler_row *row, int32_t token);
 
-typedef struct ts_token_logprob {
+// What `from` knows of its prompt, for a further sample of it.
+void ts_sampler_row_copy_prompt(ts_sampler_row *row, const ts_sampler_row *from);
+
+typedef struct ts_scored_token {
     int32_t token;
     double logprob;
-} ts_token_logprob;
+} ts_scored_token;
 
 // The token of one row. logprob and top are set where the row's params ask for log-probabilities; top is in falling order.
-typedef struct ts_choice_of_token {
+typedef struct ts_next_token {
     int32_t token;
     double logprob;
     int32_t n_top;
-    ts_token_logprob top[TS_LOGPROBS_MAX];
-} ts_choice_of_token;
+    ts_scored_token top[TS_LOGPROBS_MAX];
+} ts_next_token;
 
 typedef struct ts_sampler ts_sampler;
 
@@ -62,6 +63,6 @@ void ts_sampler_free(ts_sampler *sampler);
 // logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices [n] are
 // set at rank 0 of the group. Collective.
 ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                            const int32_t *logit_row, int32_t n, ts_choice_of_token *choices);
+                            const int32_t *logit_row, int32_t n, ts_next_token *choices);
 
 #endif

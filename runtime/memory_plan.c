@@ -1,0 +1,27 @@
+#include "runtime/memory_plan.h"
+
+ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequences, size_t cache_bytes,
+                              ts_memory_plan *out) {
+    ts_status status = TS_OK;
+    ts_memory_plan plan = {
+        .page_bytes = ts_tile_cache_page_bytes(shape),
+        .sequence_bytes = ts_tile_cache_sequence_bytes(shape),
+        .pages_per_sequence = ts_tile_cache_pages_for(shape, INT64_MAX),
+    };
+    const size_t n = (size_t)max_sequences;
+    TS_CHECK(cache_bytes / n >= plan.sequence_bytes + plan.page_bytes, TS_ERR_MEMORY,
+             "the tile cache may take %zu bytes; %d sequences need more than %zu, so at most %zu sequences fit", cache_bytes,
+             max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
+             cache_bytes / (plan.sequence_bytes + plan.page_bytes));
+    if (shape->is_sparse) {
+        plan.n_pages = (int64_t)((cache_bytes - n * plan.sequence_bytes) / plan.page_bytes);
+        if (plan.n_pages / max_sequences >= plan.pages_per_sequence)
+            plan.n_pages = plan.pages_per_sequence * max_sequences;
+        if (plan.n_pages > INT32_MAX) // pages are numbered in 32 bits
+            plan.n_pages = INT32_MAX;
+    }
+    plan.cache_bytes = n * plan.sequence_bytes + (size_t)plan.n_pages * plan.page_bytes;
+    *out = plan;
+done:
+    return status;
+}

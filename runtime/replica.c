@@ -1,0 +1,223 @@
+#include "runtime/replica.h"
+
+#include "runtime/batch.h"
+
+#include <stdlib.h>
+
+struct ts_replica {
+    ts_device *device;
+    ts_group *tp;
+    ts_model *model;
+    ts_replica_options options;
+    ts_tile_cache *cache;
+    ts_batch_buffer *buffer;
+    ts_sampler *sampler;
+    ts_sampler_row *rows; // [max_sequences]
+    // Of one step:
+    const ts_sampler_row **sampled; // [max_sequences]
+    int32_t *logit_row;             // [max_sequences]
+    int64_t *last_rows;             // [max_sequences] row of the batch whose logits are wanted
+    ts_message message;
+    float *logits; // host copy, where the device's memory is not the host's
+    size_t n_logits;
+};
+
+ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, const ts_replica_options *options,
+                            ts_replica **out) {
+    ts_status status = TS_OK;
+    const ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
+    const size_t n = (size_t)options->max_sequences;
+    const int64_t max_rows =
+        options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences;
+    ts_replica *replica = calloc(1, sizeof *replica);
+    TS_CHECK(replica, TS_ERR_MEMORY, "replica: out of memory");
+    replica->device = device;
+    replica->tp = tp;
+    replica->model = model;
+    replica->options = *options;
+    replica->rows = calloc(n, sizeof *replica->rows);
+    replica->sampled = calloc(n, sizeof *replica->sampled);
+    replica->logit_row = calloc(n, sizeof *replica->logit_row);
+    replica->last_rows = calloc(n, sizeof *replica->last_rows);
+    TS_CHECK(replica->rows && replica->sampled && replica->logit_row && replica->last_rows, TS_ERR_MEMORY,
+             "replica: out of memory");
+    TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
+    TS_TRY(ts_model_reserve(model, max_rows));
+    TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
+    TS_TRY(ts_sampler_create(tp, &replica->sampler));
+    *out = replica;
+    replica = NULL;
+done:
+    ts_replica_free(replica);
+    return status;
+}
+
+void ts_replica_free(ts_replica *replica) {
+    if (!replica)
+        return;
+    for (int32_t i = 0; replica->rows && i < replica->options.max_sequences; i++)
+        ts_sampler_row_end(&replica->rows[i]);
+    ts_tile_cache_free(replica->cache);
+    ts_batch_buffer_free(replica->buffer);
+    ts_sampler_free(replica->sampler);
+    ts_message_free(&replica->message);
+    free(replica->rows);
+    free(replica->sampled);
+    free(replica->logit_row);
+    free(replica->last_rows);
+    free(replica->logits);
+    free(replica);
+}
+
+static ts_sampling_params params_of(const Ts__Job__Sampling *sampling) {
+    return (ts_sampling_params){
+        .max_tokens = sampling->max_tokens,
+        .min_tokens = sampling->min_tokens,
+        .top_k = sampling->top_k,
+        .temperature = sampling->temperature,
+        .top_p = sampling->top_p,
+        .min_p = sampling->min_p,
+        .presence_penalty = sampling->presence_penalty,
+        .frequency_penalty = sampling->frequency_penalty,
+        .repetition_penalty = sampling->repetition_penalty,
+        .n = 1,
+        .seed = sampling->seed,
+        .logprobs = sampling->logprobs,
+        .ignore_eos = sampling->ignore_eos,
+        .n_stop_ids = (int32_t)sampling->n_stop_ids,
+        .n_biases = (int32_t)sampling->n_bias_ids,
+        .stop_ids = sampling->stop_ids,
+        .bias_ids = sampling->bias_ids,
+        .biases = sampling->biases,
+    };
+}
+
+static ts_status admit(ts_replica *replica, const Ts__Job__Admission *admission) {
+    ts_status status = TS_OK;
+    const ts_config *config = ts_model_config(replica->model);
+    const ts_weights *weights = ts_model_weights(replica->model);
+    const ts_sampling_params params = params_of(admission->sampling);
+    TS_TRY(ts_tile_cache_open(replica->cache, admission->row, admission->n_tokens));
+    TS_TRY(ts_sampler_row_begin(&replica->rows[admission->row], &params, admission->request, admission->sample,
+                                weights->first_token, weights->head.rows, config->eos_token_ids, config->n_eos));
+done:
+    return status;
+}
+
+// The state that row `from` has now that its prompt has been read.
+static ts_status fork_row(ts_replica *replica, const Ts__Job__Step *step, const Ts__Job__Admission *admission) {
+    ts_status status = TS_OK;
+    int64_t n_positions = 0;
+    for (size_t i = 0; i < step->n_rows; i++)
+        if (step->rows[i] == admission->from)
+            n_positions = step->positions[i] + step->lengths[i];
+    TS_TRY(ts_tile_cache_fork(replica->cache, admission->from, admission->row, n_positions));
+    ts_sampler_row_copy_prompt(&replica->rows[admission->row], &replica->rows[admission->from]);
+done:
+    return status;
+}
+
+static ts_status forward(ts_replica *replica, const Ts__Job__Step *step) {
+    ts_status status = TS_OK;
+    const bool decode = step->kind == TS__JOB__STEP__KIND__DECODE;
+    const ts_batch *batch;
+    const int32_t *tokens = step->tokens;
+    ts_batch_buffer_clear(replica->buffer, decode);
+    for (size_t i = 0; i < step->n_rows; i++) {
+        ts_sampler_row *row = &replica->rows[step->rows[i]];
+        TS_TRY(ts_batch_buffer_add(replica->buffer, step->rows[i], step->positions[i], tokens, step->lengths[i]));
+        if (decode)
+            ts_sampler_row_token(row, tokens[0]);
+        else
+            ts_sampler_row_prompt(row, tokens, step->lengths[i]);
+        tokens += step->lengths[i];
+    }
+    TS_TRY(ts_batch_buffer_upload(replica->buffer, &batch));
+    TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
+done:
+    return status;
+}
+
+static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_next_token *next) {
+    ts_status status = TS_OK;
+    ts_tensor logits;
+    int64_t n_logit_rows = 0, end = 0;
+    if (step->n_sample_rows == 0)
+        goto done;
+    // One row of logits for each span that is sampled; samples of one prompt share it. Spans come in rising order.
+    size_t span = 0;
+    for (size_t i = 0; i < step->n_sample_rows; i++) {
+        const size_t wanted = (size_t)step->sample_spans[i];
+        if (i == 0 || wanted != (size_t)step->sample_spans[i - 1]) {
+            for (; span <= wanted; span++)
+                end += step->lengths[span];
+            replica->last_rows[n_logit_rows++] = end - 1;
+        }
+        replica->logit_row[i] = (int32_t)(n_logit_rows - 1);
+        replica->sampled[i] = &replica->rows[step->sample_rows[i]];
+    }
+    TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
+    const size_t n = (size_t)(logits.rows * logits.cols);
+    if (n > replica->n_logits) {
+        float *grown = realloc(replica->logits, n * sizeof *grown);
+        TS_CHECK(grown, TS_ERR_MEMORY, "replica: out of memory for %lld rows of logits", (long long)n_logit_rows);
+        replica->logits = grown;
+        replica->n_logits = n;
+    }
+    TS_TRY(ts_device_download(replica->device, replica->logits, logits.data, n * sizeof(float)));
+    logits.data = replica->logits;
+    TS_TRY(ts_sampler_choose(replica->sampler, logits, replica->sampled, replica->logit_row,
+                             (int32_t)step->n_sample_rows, next));
+done:
+    return status;
+}
+
+static ts_status carry_out(ts_replica *replica, const Ts__Job__Step *step, ts_next_token *next) {
+    ts_status status = TS_OK;
+    for (size_t i = 0; i < step->n_release; i++) {
+        ts_tile_cache_close(replica->cache, step->release[i]);
+        ts_sampler_row_end(&replica->rows[step->release[i]]);
+    }
+    for (size_t i = 0; i < step->n_admissions; i++)
+        TS_TRY(admit(replica, step->admissions[i]));
+    if (step->n_rows > 0)
+        TS_TRY(forward(replica, step));
+    for (size_t i = 0; i < step->n_admissions; i++)
+        if (step->admissions[i]->is_fork)
+            TS_TRY(fork_row(replica, step, step->admissions[i]));
+    TS_TRY(sample(replica, step, next));
+done:
+    return status;
+}
+
+ts_status ts_replica_step(ts_replica *replica, Ts__Job__Step *step, ts_next_token *next) {
+    ts_status status = TS_OK;
+    if (ts_group_size(replica->tp) > 1) {
+        replica->message.n_bytes = 0;
+        TS_TRY(ts_message_reserve(&replica->message, ts__job__step__get_packed_size(step) + 1));
+        replica->message.n_bytes = ts__job__step__pack(step, replica->message.data);
+        TS_TRY(ts_group_broadcast_message(replica->tp, 0, &replica->message));
+    }
+    TS_TRY(carry_out(replica, step, next));
+done:
+    return status;
+}
+
+ts_status ts_replica_follow(ts_replica *replica) {
+    ts_status status = TS_OK;
+    Ts__Job__Step *step = NULL;
+    for (bool stop = false; !stop;) {
+        TS_TRY(ts_group_broadcast_message(replica->tp, 0, &replica->message));
+        step = ts__job__step__unpack(NULL, replica->message.n_bytes, replica->message.data);
+        TS_CHECK(step, TS_ERR_COMM, "replica: a step of %zu bytes from the leader cannot be read",
+                 replica->message.n_bytes);
+        TS_TRY(carry_out(replica, step, NULL));
+        stop = step->kind == TS__JOB__STEP__KIND__STOP;
+        ts__job__step__free_unpacked(step, NULL);
+        step = NULL;
+    }
+done:
+    if (step)
+        ts__job__step__free_unpacked(step, NULL);
+    return status;
+}
