@@ -4,24 +4,26 @@
 //     ts_config config;
 //     TS_TRY(ts_config_load(model_dir, &config));
 //
-// | key in config.json  | allowed                                     | when absent or null |
-// |---------------------|---------------------------------------------|---------------------|
-// | model_type          | "tessera"                                   | not checked         |
-// | vocab_size          | 1 to TS_CONFIG_MAX_VOCAB                    | error               |
-// | hidden_size         | 1 to TS_CONFIG_MAX_HIDDEN                   | error               |
-// | num_hidden_layers   | 1 to TS_CONFIG_MAX_LAYERS                   | error               |
-// | num_attention_heads | 1 to TS_CONFIG_MAX_HEADS                    | error               |
-// | num_key_value_heads | a divisor of num_attention_heads            | error               |
-// | head_dim            | 64 or 128                                   | error               |
-// | intermediate_size   | 1 to TS_CONFIG_MAX_INTERMEDIATE             | error               |
-// | hidden_act          | "gelu_tanh" or "swiglu"                     | error               |
-// | rms_norm_eps, normalizer_eps, decay_temperature | > 0, within a normal float32 | error  |
-// | tie_word_embeddings | true or false                               | error               |
-// | tile_size           | 64, or 128 where head_dim is 128            | error               |
-// | tile_sparsity       | an object with exactly the six keys of ts_sparsity | dense        |
-// | eos_token_id        | an id, or up to TS_CONFIG_MAX_EOS of them in an array | none      |
-// | bos_token_id        | an id                                       | none                |
-// | tokenizer           | a string of 1 to 63 bytes                   | ""                  |
+// | key in config.json  | allowed                                        | absent or null |
+// |---------------------|------------------------------------------------|----------------|
+// | model_type          | "tessera"                                      | not checked    |
+// | vocab_size          | 1 to TS_CONFIG_MAX_VOCAB                       | error          |
+// | hidden_size         | 1 to TS_CONFIG_MAX_HIDDEN                      | error          |
+// | num_hidden_layers   | 1 to TS_CONFIG_MAX_LAYERS                      | error          |
+// | num_attention_heads | 1 to TS_CONFIG_MAX_HEADS                       | error          |
+// | num_key_value_heads | a divisor of num_attention_heads               | error          |
+// | head_dim            | 64 or 128                                      | error          |
+// | intermediate_size   | 1 to TS_CONFIG_MAX_INTERMEDIATE                | error          |
+// | hidden_act          | "gelu_tanh" or "swiglu"                        | error          |
+// | rms_norm_eps        | > 0, within the normal numbers of float32      | error          |
+// | normalizer_eps      | the same                                       | error          |
+// | decay_temperature   | the same                                       | error          |
+// | tie_word_embeddings | true or false                                  | error          |
+// | tile_size           | 64, or 128 where head_dim is 128               | error          |
+// | tile_sparsity       | an object with exactly the keys of ts_sparsity | dense          |
+// | eos_token_id        | an id, or an array of up to TS_CONFIG_MAX_EOS  | none           |
+// | bos_token_id        | an id                                          | none           |
+// | tokenizer           | a string of 1 to 63 bytes                      | ""             |
 //
 // Integers are written as integers (64.0 is refused); real numbers may be written as integers. Ids lie in
 // [0, vocab_size). hidden_size need not be num_attention_heads * head_dim. A key inside tile_sparsity that is none of
@@ -43,7 +45,7 @@
 #define TS_CONFIG_MAX_LAYERS       (1 << 12)
 #define TS_CONFIG_MAX_HEADS        (1 << 13)
 #define TS_CONFIG_MAX_INTERMEDIATE (1 << 22)
-#define TS_CONFIG_MAX_TILES        (1 << 30) // cache_lanes, recent_tiles, sink_tiles; two of them add up within an int32_t
+#define TS_CONFIG_MAX_TILES        (1 << 30) // cache_lanes, recent_tiles, sink_tiles
 #define TS_CONFIG_MAX_CACHE_TILES  (INT64_C(1) << 40)
 #define TS_CONFIG_MAX_EOS          8
 #define TS_CONFIG_MAX_BYTES        (1 << 20) // size of config.json
