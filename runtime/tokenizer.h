@@ -36,7 +36,7 @@ ts_status ts_tokenizer_encode(const ts_tokenizer *tokenizer, const char *text, s
 
 // The bytes an id stands for: any bytes, possibly a part of a character; borrowed until the tokenizer is freed.
 // *is_special (may be NULL): the token is a mark, not text. An id that no token has: *n_bytes is 0. An added token
-// stands for its content, also where the package's decoder would take letters such as "ï" for raw bytes.
+// stands for its content as the file spells it, also where the package would take letters such as "ï" for raw bytes.
 const char *ts_tokenizer_token_bytes(const ts_tokenizer *tokenizer, int32_t id, size_t *n_bytes, bool *is_special);
 
 #endif

@@ -410,7 +410,7 @@ static ts_status read_byte_level(reader *r, json_t *object, const char *where, b
     static const char *const keys[] = {"type", "add_prefix_space", "trim_offsets", "use_regex", NULL};
     ts_status status = TS_OK;
     bool trim_offsets = false; // concerns offsets into the text only
-    *use_regex = true; // files older than the key
+    *use_regex = true;         // files older than the key
     TS_TRY(check_keys(r, object, where, keys));
     TS_TRY(read_bool(r, object, where, "add_prefix_space", REQUIRED, add_prefix_space));
     TS_TRY(read_bool(r, object, where, "trim_offsets", REQUIRED, &trim_offsets));
@@ -627,7 +627,7 @@ static ts_status parse_file(reader *r) {
     r->root = json_loadf(file, JSON_REJECT_DUPLICATES, &error);
     TS_CHECK(!ferror(file), TS_ERR_IO, "%s: cannot read: %s", r->path, strerror(errno));
     TS_CHECK(r->root, TS_ERR_FORMAT, "%s: line %d, column %d (byte %d): not acceptable JSON: %s", r->path, error.line,
-             error.column, error.position, error.text);
+             error.column, error.position, quote(r, 0, error.text));
 done:
     if (file)
         fclose(file);
