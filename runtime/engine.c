@@ -21,7 +21,7 @@ typedef struct in_flight {
     int64_t n_prompt;
     uint64_t hash; // of custom_id: what the generator's counter calls the request
     int32_t n_left;
-    sequence *samples; // [request->sampling.n]
+    sequence *samples;              // [request->sampling.n]
     struct in_flight *next, **link; // in the engine's list
 } in_flight;
 
@@ -165,8 +165,8 @@ static ts_status read_prompt(ts_engine *engine, in_flight *job, ts_request_error
         TS_CHECK(job->prompt, TS_ERR_MEMORY, "engine: out of memory for a prompt of %zu tokens", n);
         memcpy(job->prompt, request->prompt_ids, n * sizeof *job->prompt);
     } else {
-        const ts_status encoded = ts_tokenizer_encode(engine->tokenizer, request->prompt_text, request->prompt_bytes, true,
-                                                      &job->prompt, &n);
+        const ts_status encoded =
+            ts_tokenizer_encode(engine->tokenizer, request->prompt_text, request->prompt_bytes, true, &job->prompt, &n);
         TS_CHECK(encoded != TS_ERR_MEMORY, encoded, "%s", ts_status_message());
         if (encoded != TS_OK) {
             TS_TRY(ts_request_error_create(request->line, request->custom_id, "prompt", "invalid_value", error,
@@ -194,12 +194,13 @@ static ts_status check_request(ts_engine *engine, in_flight *job, ts_request_err
         TS_TRY(ts_request_error_create(request->line, request->custom_id, "prompt", "invalid_value", error,
                                        "prompt has no tokens; at least 1 is needed"));
     else if (ts_tile_cache_pages_for(&engine->shape, n_tokens) > engine->options.n_pages)
-        TS_TRY(ts_request_error_create(
-            request->line, request->custom_id, "prompt", "context_length_exceeded", error,
-            "prompt of %lld tokens and max_tokens %d need %lld tiles of cache; the cache has %lld, enough for %lld tokens",
-            (long long)job->n_prompt, request->sampling.max_tokens,
-            (long long)ts_tile_cache_pages_for(&engine->shape, n_tokens), (long long)engine->options.n_pages,
-            (long long)((engine->options.n_pages + 1) * engine->shape.tile_size - 1)));
+        TS_TRY(ts_request_error_create(request->line, request->custom_id, "prompt", "context_length_exceeded", error,
+                                       "prompt of %lld tokens and max_tokens %d need %lld tiles of cache; the cache "
+                                       "has %lld, enough for %lld tokens",
+                                       (long long)job->n_prompt, request->sampling.max_tokens,
+                                       (long long)ts_tile_cache_pages_for(&engine->shape, n_tokens),
+                                       (long long)engine->options.n_pages,
+                                       (long long)((engine->options.n_pages + 1) * engine->shape.tile_size - 1)));
 done:
     return status;
 }
@@ -246,10 +247,12 @@ done:
     return status;
 }
 
-// Keeps one batch of sequences waiting, so that a row that falls free is taken at once.
+// Keeps a few sequences waiting, so that a row that falls free is taken at once, and no more: another replica might be
+// idle.
 static ts_status take_requests(ts_engine *engine) {
     ts_status status = TS_OK;
-    while (!engine->input_ended && ts_scheduler_n_waiting(engine->scheduler) < engine->options.max_sequences) {
+    const int64_t enough = engine->options.max_sequences / 4 + 1;
+    while (!engine->input_ended && ts_scheduler_n_waiting(engine->scheduler) < enough) {
         const bool idle =
             ts_scheduler_n_waiting(engine->scheduler) == 0 && ts_scheduler_n_running(engine->scheduler) == 0;
         ts_request *request = NULL;
@@ -355,7 +358,8 @@ static void make_step(ts_engine *engine, const ts_decision *decision) {
         engine->rows[i] = span->row;
         engine->positions[i] = span->position;
         engine->lengths[i] = span->n_tokens;
-        memcpy(engine->tokens + step->n_tokens, decision->decode ? &s->generation.last_token : s->parent->prompt + span->position,
+        memcpy(engine->tokens + step->n_tokens,
+               decision->decode ? &s->generation.last_token : s->parent->prompt + span->position,
                (size_t)span->n_tokens * sizeof *engine->tokens);
         step->n_tokens += (size_t)span->n_tokens;
         if (!span->completes)

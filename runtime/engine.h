@@ -1,4 +1,5 @@
-// The leader of a replica: takes requests, schedules them, has the replica carry out steps, and hands finished records on.
+// The leader of a replica: takes requests, schedules them, has the replica carry out steps, and hands finished records
+// on.
 //
 //     TS_TRY(ts_engine_create(tp, model, tokenizer, replica, &limits, &engine));
 //     TS_TRY(ts_engine_run(engine, &job));     // until the source ends and everything it gave is done

@@ -10,10 +10,12 @@ ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const
     const ts_config *config = ts_model_config(model);
     const ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, ts_group_size(tp));
     const int64_t most = options.chunk < n_tokens ? options.chunk : n_tokens, step = options.decode ? 1 : most;
-    TS_CHECK(options.chunk > 0, TS_ERR_INVALID, "prefill chunk is %lld; 1 or more is allowed", (long long)options.chunk);
+    TS_CHECK(options.chunk > 0, TS_ERR_INVALID, "prefill chunk is %lld; 1 or more is allowed",
+             (long long)options.chunk);
     for (int64_t i = 0; i < n_tokens; i++)
         TS_CHECK(tokens[i] >= 0 && tokens[i] < config->vocab_size, TS_ERR_INVALID,
-                 "token %lld is %d; the model's vocabulary is 0 to %d", (long long)i, tokens[i], config->vocab_size - 1);
+                 "token %lld is %d; the model's vocabulary is 0 to %d", (long long)i, tokens[i],
+                 config->vocab_size - 1);
     TS_TRY(ts_tile_cache_create(device, &shape, 1, ts_tile_cache_pages_for(&shape, n_tokens), &cache));
     TS_TRY(ts_model_reserve(model, step));
     TS_TRY(ts_batch_buffer_create(device, step, &buffer));

@@ -20,7 +20,7 @@ typedef struct ts_generation {
     ts_utf8_stream stream;
     char *text; // shown so far, whole UTF-8
     size_t text_bytes, text_capacity;
-    int64_t text_points; // code points in text
+    int64_t text_points;        // code points in text
     ts_token_logprob *logprobs; // [n_logprobs]
     int64_t n_logprobs, logprob_capacity;
 } ts_generation;

@@ -23,9 +23,11 @@ struct ts_job_reader {
     bool owns_file;
     char *buffer; // [capacity]; bytes [begin, end) are read but not handed out, none of [begin, scanned) is a newline
     size_t capacity, begin, scanned, end;
-    size_t n_dropped; // bytes of the present line that were thrown away because it is too long
-    bool at_eof;      // read() said so
-    int64_t line;     // the last one handed out
+    size_t n_dropped;      // bytes of the present line that were thrown away because it is too long
+    bool at_eof;           // read() said so
+    int64_t line;          // the last one handed out
+    const char *last_text; // of that line, in the buffer
+    size_t n_last_bytes;
     int64_t n_bytes_done, n_bytes_total;
     ts_id_set *ids;
 };
@@ -263,6 +265,8 @@ ts_status ts_job_reader_next_request(ts_job_reader *reader, ts_request **request
     int64_t line, first_line = 0;
     bool at_end;
     TS_TRY(ts_job_reader_next(reader, &text, &n_bytes, &line, &refused, &at_end));
+    reader->last_text = text;
+    reader->n_last_bytes = n_bytes;
     if (text)
         TS_TRY(ts_request_parse(text, n_bytes, line, &parsed, &refused));
     // A refused line also takes its custom_id: the output has a record that bears it.
@@ -285,6 +289,11 @@ done:
     ts_request_free(parsed);
     ts_request_error_free(refused);
     return status;
+}
+
+const char *ts_job_reader_last_line(const ts_job_reader *reader, size_t *n_bytes) {
+    *n_bytes = reader->n_last_bytes;
+    return reader->last_text;
 }
 
 void ts_job_reader_progress(const ts_job_reader *reader, int64_t *n_bytes_done, int64_t *n_bytes_total) {

@@ -33,6 +33,10 @@ ts_status ts_job_reader_create(const char *path, const char *temp_directory, ts_
 // alone.
 ts_status ts_job_reader_next_request(ts_job_reader *reader, ts_request **request, ts_request_error **error, bool *end);
 
+// The line that the last request was parsed from, [*n_bytes], to be parsed again elsewhere. Borrowed until the next
+// call on the reader.
+const char *ts_job_reader_last_line(const ts_job_reader *reader, size_t *n_bytes);
+
 // The next line as it is, for a caller with a format of its own: *text [*n_bytes], without its end and not ended by
 // NUL, borrowed until the next call on the reader. A refused line has *text NULL and *error set (the caller's to free).
 ts_status ts_job_reader_next(ts_job_reader *reader, const char **text, size_t *n_bytes, int64_t *line,

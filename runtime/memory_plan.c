@@ -10,8 +10,8 @@ ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequ
     };
     const size_t n = (size_t)max_sequences;
     TS_CHECK(cache_bytes / n >= plan.sequence_bytes + plan.page_bytes, TS_ERR_MEMORY,
-             "the tile cache may take %zu bytes; %d sequences need more than %zu, so at most %zu sequences fit", cache_bytes,
-             max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
+             "the tile cache may take %zu bytes; %d sequences need more than %zu, so at most %zu sequences fit",
+             cache_bytes, max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
              cache_bytes / (plan.sequence_bytes + plan.page_bytes));
     if (shape->is_sparse) {
         plan.n_pages = (int64_t)((cache_bytes - n * plan.sequence_bytes) / plan.page_bytes);

@@ -5,11 +5,11 @@
 #include "runtime/tile_cache.h"
 
 typedef struct ts_memory_plan {
-    size_t page_bytes;     // one tile slot in every layer and KV head of this rank
-    size_t sequence_bytes; // one sequence besides its pages
+    size_t page_bytes;          // one tile slot in every layer and KV head of this rank
+    size_t sequence_bytes;      // one sequence besides its pages
     int64_t pages_per_sequence; // the most one sequence can hold; INT64_MAX / tile_size where no budget bounds it
-    int64_t n_pages;       // of the pool
-    size_t cache_bytes;    // n_pages pages and max_sequences sequences
+    int64_t n_pages;            // of the pool
+    size_t cache_bytes;         // n_pages pages and max_sequences sequences
 } ts_memory_plan;
 
 // Sizes the tile cache of one rank: pages for max_sequences of the longest sequences, or as many as cache_bytes hold.

@@ -9,13 +9,13 @@
 typedef struct activations {
     int64_t max_rows;
     void *memory;
-    ts_tensor x;       // [M, D] the residual stream
-    ts_tensor h;       // [M, D] normed
-    ts_tensor delta;   // [M, D] what a mixer or mlp adds to x
-    ts_tensor qkvg;    // [M, (H + 2 KV) d + 2 KV]
-    ts_tensor y;       // [M, H d]
-    ts_tensor up;      // [M, F], swiglu: [M, 2 F]
-    ts_tensor gated;   // [M, F], swiglu only
+    ts_tensor x;     // [M, D] the residual stream
+    ts_tensor h;     // [M, D] normed
+    ts_tensor delta; // [M, D] what a mixer or mlp adds to x
+    ts_tensor qkvg;  // [M, (H + 2 KV) d + 2 KV]
+    ts_tensor y;     // [M, H d]
+    ts_tensor up;    // [M, F], swiglu: [M, 2 F]
+    ts_tensor gated; // [M, F], swiglu only
 } activations;
 
 struct ts_model {
@@ -155,7 +155,8 @@ static ts_status prune_tiles(ts_model *model, ts_tile_cache *cache, const ts_bat
                                                                            config->head_dim, history, mine}));
     if (n_tiles == 0)
         goto done;
-    TS_TRY(ts_group_all_gather(model->tp, mine, (size_t)(n_tiles * history->n_kv_heads) * sizeof *mine, model->importance));
+    TS_TRY(ts_group_all_gather(model->tp, mine, (size_t)(n_tiles * history->n_kv_heads) * sizeof *mine,
+                               model->importance));
     TS_TRY(ts_op_tile_prune(model->device, &(ts_tile_prune_args){batch, n_ranks, model->importance, history}));
 done:
     return status;
@@ -171,9 +172,8 @@ static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_
     TS_TRY(linear(model, batch, h, layer->qkvg, &layer->qkvg_bias, TS_ACTIVATION_NONE, qkvg));
     if (l == 0 && config->is_sparse && config->sparsity.prune_ratio > 0)
         TS_TRY(prune_tiles(model, cache, batch, qkvg));
-    TS_TRY(ts_op_attention(model->device,
-                           &(ts_attention_args){batch, qkvg, ts_tile_cache_layer_at(cache, l), config->decay_temperature,
-                                                config->normalizer_eps, y}));
+    TS_TRY(ts_op_attention(model->device, &(ts_attention_args){batch, qkvg, ts_tile_cache_layer_at(cache, l),
+                                                               config->decay_temperature, config->normalizer_eps, y}));
 done:
     return status;
 }
@@ -223,7 +223,8 @@ static ts_status reserve_logits(ts_model *model, int64_t n_rows) {
     void *logits = NULL, *selected = NULL;
     if (n_rows <= model->max_logit_rows)
         goto done;
-    TS_TRY(ts_device_alloc(model->device, (size_t)(n_rows * model->weights.head.rows) * sizeof(float), "logits", &logits));
+    TS_TRY(
+        ts_device_alloc(model->device, (size_t)(n_rows * model->weights.head.rows) * sizeof(float), "logits", &logits));
     TS_TRY(ts_device_alloc(model->device, (size_t)(n_rows * model->config.hidden_size) * sizeof(float), "activation",
                            &selected));
     ts_device_release(model->device, model->logits);
@@ -247,8 +248,8 @@ ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, 
         TS_TRY(ts_op_gather_rows(model->device, &(ts_gather_rows_args){h, rows, selected}));
         h = selected;
     }
-    TS_TRY(ts_op_linear(model->device, &(ts_linear_args){h, model->weights.head, NULL, out, TS_ACTIVATION_NONE,
-                                                         row_invariant}));
+    TS_TRY(ts_op_linear(model->device,
+                        &(ts_linear_args){h, model->weights.head, NULL, out, TS_ACTIVATION_NONE, row_invariant}));
     *logits = out;
 done:
     return status;

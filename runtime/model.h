@@ -57,11 +57,12 @@ size_t ts_model_activation_bytes(const ts_config *config, int tp_size, int64_t m
 // ts_model_logits. Collective over the tensor-parallel group: all ranks give the same batch.
 ts_status ts_model_forward(ts_model *model, ts_tile_cache *cache, const ts_batch *batch);
 
-// Logits of this rank's vocabulary shard for `n_rows` rows of the last batch: those listed in `rows` (host memory), or rows
-// 0 .. n_rows - 1 where rows is NULL. *logits is [n_rows, V] f32, borrowed until the next call. Not collective.
+// Logits of this rank's vocabulary shard for `n_rows` rows of the last batch: those listed in `rows` (host memory), or
+// rows 0 .. n_rows - 1 where rows is NULL. *logits is [n_rows, V] f32, borrowed until the next call. Not collective.
 ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, bool row_invariant, ts_tensor *logits);
 
-// How V rows of vocabulary are split: rank r of n owns [ts_vocabulary_begin(V, r, n), ts_vocabulary_begin(V, r + 1, n)).
+// How V rows of vocabulary are split: rank r of n owns [ts_vocabulary_begin(V, r, n), ts_vocabulary_begin(V, r + 1,
+// n)).
 static inline int64_t ts_vocabulary_begin(int64_t vocab_size, int rank, int n_ranks) {
     return vocab_size * rank / n_ranks;
 }

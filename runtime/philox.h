@@ -23,7 +23,8 @@ static inline void ts_philox4x32(const uint32_t counter[4], const uint32_t key[2
     out[3] = c3;
 }
 
-// Uniform in [0, 1) with 53 bits, for one draw of a request: sample index and position are the counter, with the request.
+// Uniform in [0, 1) with 53 bits, for one draw of a request: sample index and position are the counter, with the
+// request.
 static inline double ts_philox_uniform(uint64_t seed, uint64_t request, uint32_t sample, uint32_t position) {
     const uint32_t counter[4] = {position, sample, (uint32_t)request, (uint32_t)(request >> 32)};
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};

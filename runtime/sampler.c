@@ -24,10 +24,10 @@ typedef struct shard_mass {
 
 struct ts_sampler {
     ts_group *tp;
-    float *adjusted;       // [V] logits of one row after penalties
-    candidate *sorted;     // [V]
-    int64_t n_tokens;      // room in both
-    shard_mass *masses;    // [ranks, rows]
+    float *adjusted;    // [V] logits of one row after penalties
+    candidate *sorted;  // [V]
+    int64_t n_tokens;   // room in both
+    shard_mass *masses; // [ranks, rows]
     size_t n_masses;
     ts_message mine, all;
     size_t *n_bytes_of, *cursor; // [ranks]
@@ -230,8 +230,8 @@ static double draw(const ts_sampler_row *row) {
     return ts_philox_uniform(row->params.seed, row->request, row->sample, (uint32_t)row->n_generated);
 }
 
-// Without a filter the draw goes over the whole vocabulary in token order: shares of the ranks before this one are known,
-// so at most one rank holds the token.
+// Without a filter the draw goes over the whole vocabulary in token order: shares of the ranks before this one are
+// known, so at most one rank holds the token.
 static int64_t draw_in_shard(const ts_sampler_row *row, const float *adjusted, const shard_mass *masses, int32_t n_rows,
                              int n_ranks, int rank) {
     double largest = -INFINITY, total = 0, before = 0;
@@ -264,18 +264,18 @@ static int64_t draw_in_shard(const ts_sampler_row *row, const float *adjusted, c
 }
 
 // The candidates of this shard into sorted[]: every token that the filters could leave. `mass` is the whole row's.
-static int64_t shard_candidates(ts_sampler *sampler, const ts_sampler_row *row, const float *raw, const shard_mass *masses,
-                                int32_t n_rows) {
+static int64_t shard_candidates(ts_sampler *sampler, const ts_sampler_row *row, const float *raw,
+                                const shard_mass *masses, int32_t n_rows) {
     const ts_sampling_params *params = &row->params;
     const int n_ranks = ts_group_size(sampler->tp);
     const double scale = score_scale(params);
     candidate *out = sampler->sorted;
     int64_t n = 0;
     if (params->temperature > 0 && draws_from_all(params)) {
-        const int64_t i =
-            draw_in_shard(row, sampler->adjusted, masses, n_rows, n_ranks, ts_group_rank(sampler->tp));
+        const int64_t i = draw_in_shard(row, sampler->adjusted, masses, n_rows, n_ranks, ts_group_rank(sampler->tp));
         if (i >= 0)
-            out[n++] = (candidate){scale * (double)sampler->adjusted[i], (double)raw[i], (int32_t)(row->first_token + i)};
+            out[n++] =
+                (candidate){scale * (double)sampler->adjusted[i], (double)raw[i], (int32_t)(row->first_token + i)};
         return n;
     }
     double largest = -INFINITY, total = 0;
@@ -394,8 +394,8 @@ static ts_status collect(ts_sampler *sampler, ts_tensor logits, const ts_sampler
         }
         memcpy(sampler->mine.data + header_at, &header, sizeof header);
     }
-    TS_TRY(ts_group_gather(sampler->tp, 0, sampler->mine.data, sampler->mine.n_bytes, &sampler->all,
-                           sampler->n_bytes_of));
+    TS_TRY(
+        ts_group_gather(sampler->tp, 0, sampler->mine.data, sampler->mine.n_bytes, &sampler->all, sampler->n_bytes_of));
 done:
     return status;
 }

@@ -1,9 +1,10 @@
 // Choosing the next token from logits that are sharded over the vocabulary.
 //
-// Every rank of the tensor-parallel group turns its shard of a row into a few candidates; the root merges them and picks.
-// Order of operations, as in vLLM: repetition, presence and frequency penalty and logit_bias; tokens that may not come yet
-// (min_tokens) leave; temperature; top_k; top_p over what top_k left; min_p; one draw. The draw is a pure function of
-// (seed, request, sample, position), see philox.h. Log-probabilities are those of the model, before all of this.
+// Every rank of the tensor-parallel group turns its shard of a row into a few candidates; the root merges them and
+// picks. Order of operations, as in vLLM: repetition, presence and frequency penalty and logit_bias; tokens that may
+// not come yet (min_tokens) leave; temperature; top_k; top_p over what top_k left; min_p; one draw. The draw is a pure
+// function of (seed, request, sample, position), see philox.h. Log-probabilities are those of the model, before all of
+// this.
 //
 //     ts_sampler_row_begin(&row, params, ...)             on every rank, when a sequence starts
 //     ts_sampler_row_prompt / ts_sampler_row_token        on every rank, for every token fed
@@ -21,11 +22,11 @@ typedef struct ts_sampler_row {
     ts_sampling_params params; // its arrays are owned
     uint64_t request;          // names the request in the counter of the generator
     uint32_t sample;
-    int64_t n_generated;     // tokens chosen and fed
-    int32_t *n_times;        // [V] how often each token of this shard was generated; NULL without penalties
-    uint8_t *in_prompt;      // [V]; NULL without repetition penalty
+    int64_t n_generated;           // tokens chosen and fed
+    int32_t *n_times;              // [V] how often each token of this shard was generated; NULL without penalties
+    uint8_t *in_prompt;            // [V]; NULL without repetition penalty
     int64_t first_token, n_tokens; // the shard
-    const int32_t *eos;      // borrowed
+    const int32_t *eos;            // borrowed
     int32_t n_eos;
 } ts_sampler_row;
 
@@ -46,7 +47,8 @@ typedef struct ts_scored_token {
     double logprob;
 } ts_scored_token;
 
-// The token of one row. logprob and top are set where the row's params ask for log-probabilities; top is in falling order.
+// The token of one row. logprob and top are set where the row's params ask for log-probabilities; top is in falling
+// order.
 typedef struct ts_next_token {
     int32_t token;
     double logprob;
@@ -59,9 +61,9 @@ typedef struct ts_sampler ts_sampler;
 ts_status ts_sampler_create(ts_group *tp, ts_sampler **out); // tp is borrowed until free
 void ts_sampler_free(ts_sampler *sampler);
 
-// logits: [n, V] f32 in host memory, overwritten. rows[i] is the sequence of logits row i; several rows may read the same
-// logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices [n] are
-// set at rank 0 of the group. Collective.
+// logits: [n, V] f32 in host memory, overwritten. rows[i] is the sequence of logits row i; several rows may read the
+// same logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices
+// [n] are set at rank 0 of the group. Collective.
 ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
                             const int32_t *logit_row, int32_t n, ts_next_token *choices);
 

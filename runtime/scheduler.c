@@ -58,8 +58,9 @@ void ts_scheduler_free(ts_scheduler *scheduler) {
 ts_status ts_scheduler_add(ts_scheduler *scheduler, const ts_task *task) {
     ts_status status = TS_OK;
     assert(task->n_prompt >= 1);
-    TS_CHECK(task->n_pages <= scheduler->limits.n_pages, TS_ERR_INVALID, "%lld pages are needed; the tile cache has %lld",
-             (long long)task->n_pages, (long long)scheduler->limits.n_pages);
+    TS_CHECK(task->n_pages <= scheduler->limits.n_pages, TS_ERR_INVALID,
+             "%lld pages are needed; the tile cache has %lld", (long long)task->n_pages,
+             (long long)scheduler->limits.n_pages);
     if (scheduler->n_waiting == scheduler->capacity) {
         const int64_t capacity = scheduler->capacity ? 2 * scheduler->capacity : 64;
         ts_task *waiting = malloc((size_t)capacity * sizeof *waiting);

@@ -7,10 +7,11 @@
 //         ts_scheduler_finish(scheduler, row);               // their rows and pages are free from the next decision on
 //     }
 //
-// The policy serves throughput: while a waiting sequence fits, its prompt is read first, chunk by chunk; then all running
-// sequences decode together. First come, first served: a sequence that needs more pages than are free waits, and those
-// behind it wait with it, so that none starves. The further samples of a prompt (n > 1) begin as copies of the first one
-// where rows and pages are free at the moment its prompt has been read, and read the prompt themselves otherwise.
+// The policy serves throughput: while a waiting sequence fits, its prompt is read first, chunk by chunk; then all
+// running sequences decode together. First come, first served: a sequence that needs more pages than are free waits,
+// and those behind it wait with it, so that none starves. The further samples of a prompt (n > 1) begin as copies of
+// the first one where rows and pages are free at the moment its prompt has been read, and read the prompt themselves
+// otherwise.
 #ifndef TS_SCHEDULER_H
 #define TS_SCHEDULER_H
 
@@ -20,17 +21,17 @@
 #include <stdint.h>
 
 typedef struct ts_scheduler_limits {
-    int32_t max_sequences;  // rows of the tile cache
-    int64_t n_pages;        // of the tile cache
-    int64_t prefill_chunk;  // tokens of one prefill step
+    int32_t max_sequences;     // rows of the tile cache
+    int64_t n_pages;           // of the tile cache
+    int64_t prefill_chunk;     // tokens of one prefill step
     int32_t max_prefill_spans; // sequences in one prefill step: 1 where the device must not pack them
 } ts_scheduler_limits;
 
 typedef struct ts_task {
-    void *owner;         // the engine's; handed back in decisions
-    const void *family;  // tasks with the same non-NULL family share a prompt and stand one behind the other
-    int64_t n_prompt;    // tokens, at least 1
-    int64_t n_pages;     // pages it borrows when admitted
+    void *owner;        // the engine's; handed back in decisions
+    const void *family; // tasks with the same non-NULL family share a prompt and stand one behind the other
+    int64_t n_prompt;   // tokens, at least 1
+    int64_t n_pages;    // pages it borrows when admitted
 } ts_task;
 
 typedef struct ts_scheduled_span {

@@ -18,11 +18,11 @@ struct ts_tile_cache {
     ts_tile_cache_layer *layers; // [n_layers]
     void **layer_memory;         // [n_layers]
     ts_tile_history history;
-    history_row *rows;      // [max_sequences]
-    int32_t *page_table;    // device
-    int32_t *pages;         // host copy of page_table
-    int64_t *n_pages_of;    // [max_sequences], -1: the row is closed
-    int32_t *free_pages;    // stack
+    history_row *rows;   // [max_sequences]
+    int32_t *page_table; // device
+    int32_t *pages;      // host copy of page_table
+    int64_t *n_pages_of; // [max_sequences], -1: the row is closed
+    int32_t *free_pages; // stack
     int64_t n_free_pages;
 };
 
@@ -144,8 +144,8 @@ done:
     return status;
 }
 
-ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *shape, int32_t max_sequences, int64_t n_pages,
-                               ts_tile_cache **out) {
+ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *shape, int32_t max_sequences,
+                               int64_t n_pages, ts_tile_cache **out) {
     ts_status status = TS_OK;
     void *data;
     const size_t n = (size_t)max_sequences, n_layers = (size_t)shape->n_layers;
@@ -165,7 +165,8 @@ ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *sha
     cache->n_pages_of = malloc(n * sizeof *cache->n_pages_of);
     cache->pages = calloc(n * (size_t)cache->page_table_stride + 1, sizeof *cache->pages);
     cache->free_pages = malloc(((size_t)cache->n_pages + 1) * sizeof *cache->free_pages);
-    TS_CHECK(cache->layers && cache->layer_memory && cache->rows && cache->n_pages_of && cache->pages && cache->free_pages,
+    TS_CHECK(cache->layers && cache->layer_memory && cache->rows && cache->n_pages_of && cache->pages &&
+                 cache->free_pages,
              TS_ERR_MEMORY, "tile cache: out of memory for the tables of %lld pages", (long long)cache->n_pages);
     for (int32_t s = 0; s < max_sequences; s++)
         cache->n_pages_of[s] = -1;
@@ -231,7 +232,8 @@ static ts_status reserve_history(ts_tile_cache *cache, int32_t sequence, int64_t
         goto done;
     TS_TRY(ts_device_alloc(cache->device, (size_t)n_tiles * sizeof(double), "tile importance", &importance));
     TS_TRY(ts_device_alloc(cache->device, (size_t)n_tiles, "tile importance", &pruned));
-    TS_TRY(ts_device_upload(cache->device, (void *)(cache->history.importance + sequence), &importance, sizeof importance));
+    TS_TRY(ts_device_upload(cache->device, (void *)(cache->history.importance + sequence), &importance,
+                            sizeof importance));
     TS_TRY(ts_device_upload(cache->device, (void *)(cache->history.pruned + sequence), &pruned, sizeof pruned));
     ts_device_release(cache->device, row->importance);
     ts_device_release(cache->device, row->pruned);
@@ -325,7 +327,8 @@ ts_status ts_tile_cache_fork(ts_tile_cache *cache, int32_t from, int32_t to, int
     if (shape->is_sparse) {
         const size_t n_tiles = (size_t)(n_positions / shape->tile_size), n_kv = (size_t)shape->n_kv_heads;
         double *mass = cache->history.open_mass;
-        TS_TRY(ts_device_copy(cache->device, mass + (size_t)to * n_kv, mass + (size_t)from * n_kv, n_kv * sizeof *mass));
+        TS_TRY(
+            ts_device_copy(cache->device, mass + (size_t)to * n_kv, mass + (size_t)from * n_kv, n_kv * sizeof *mass));
         TS_TRY(ts_device_copy(cache->device, cache->rows[to].importance, cache->rows[from].importance,
                               n_tiles * sizeof(double)));
         TS_TRY(ts_device_copy(cache->device, cache->rows[to].pruned, cache->rows[from].pruned, n_tiles));

@@ -1,4 +1,5 @@
-// The tile cache: for every sequence, layer and KV head of this rank the open tile, the selected state and the held tiles.
+// The tile cache: for every sequence, layer and KV head of this rank the open tile, the selected state and the held
+// tiles.
 //
 //     ts_tile_cache_shape shape = ts_tile_cache_shape_of(&config, tp_size);
 //     TS_TRY(ts_tile_cache_create(device, &shape, max_sequences, n_pages, &cache));
@@ -7,8 +8,8 @@
 //     ts_tile_cache_close(cache, 3);                      // gives the pages back
 //
 // A page is one tile slot in every layer and KV head. All memory is taken once, at create; a sequence borrows the most
-// pages it can ever hold when it opens, so that running out is a decision of the scheduler before it starts, never a failure
-// in the middle. A dense model needs no page: its sequences are constant in size.
+// pages it can ever hold when it opens, so that running out is a decision of the scheduler before it starts, never a
+// failure in the middle. A dense model needs no page: its sequences are constant in size.
 #ifndef TS_TILE_CACHE_H
 #define TS_TILE_CACHE_H
 
@@ -34,8 +35,8 @@ size_t ts_tile_cache_page_bytes(const ts_tile_cache_shape *shape);
 size_t ts_tile_cache_sequence_bytes(const ts_tile_cache_shape *shape);
 
 // `device` is borrowed until free.
-ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *shape, int32_t max_sequences, int64_t n_pages,
-                               ts_tile_cache **out);
+ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *shape, int32_t max_sequences,
+                               int64_t n_pages, ts_tile_cache **out);
 void ts_tile_cache_free(ts_tile_cache *cache);
 
 int64_t ts_tile_cache_free_pages(const ts_tile_cache *cache);

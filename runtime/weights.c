@@ -24,17 +24,18 @@ static ts_status find_part(loader *load, const char *prefix, const weight_part *
     TS_CHECK(tensor, TS_ERR_FORMAT, "%s: tensor \"%s\" is missing",
              ts_safetensors_count(load->files) ? ts_safetensors_at(load->files, 0)->path : "model", name);
     TS_CHECK(tensor->dtype == TS_F32 || tensor->dtype == TS_BF16 || tensor->dtype == TS_F16, TS_ERR_FORMAT,
-             "%s: tensor \"%s\" is %s; weights may be F32, BF16 or F16", tensor->path, name, ts_dtype_name(tensor->dtype));
-    const bool fits = part->is_vector
-                          ? tensor->n_dims == 1 && tensor->shape[0] == part->all_cols
-                          : tensor->n_dims == 2 && tensor->shape[0] == part->all_rows && tensor->shape[1] == part->all_cols;
+             "%s: tensor \"%s\" is %s; weights may be F32, BF16 or F16", tensor->path, name,
+             ts_dtype_name(tensor->dtype));
+    const bool fits = part->is_vector ? tensor->n_dims == 1 && tensor->shape[0] == part->all_cols
+                                      : tensor->n_dims == 2 && tensor->shape[0] == part->all_rows &&
+                                            tensor->shape[1] == part->all_cols;
     if (!fits) {
         char got[128] = "";
         for (int i = 0, n = 0; i < tensor->n_dims; i++)
             n += snprintf(got + n, sizeof got - (size_t)n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
         if (part->is_vector)
-            status = TS_FAIL(TS_ERR_FORMAT, "%s: tensor \"%s\" has shape [%s]; config.json asks for [%lld]", tensor->path,
-                             name, got, (long long)part->all_cols);
+            status = TS_FAIL(TS_ERR_FORMAT, "%s: tensor \"%s\" has shape [%s]; config.json asks for [%lld]",
+                             tensor->path, name, got, (long long)part->all_cols);
         else
             status = TS_FAIL(TS_ERR_FORMAT, "%s: tensor \"%s\" has shape [%s]; config.json asks for [%lld, %lld]",
                              tensor->path, name, got, (long long)part->all_rows, (long long)part->all_cols);
@@ -144,8 +145,8 @@ static ts_status load_gate_bias(loader *load, const char *prefix, int64_t n_befo
         const weight_part part = {.name = names[i], .all_cols = all_kv, .is_vector = true};
         const ts_safetensor *tensor;
         TS_TRY(find_part(load, prefix, &part, &tensor));
-        widen(bias + n_before + i * n_kv,
-              (const char *)tensor->data + (size_t)first_kv * ts_dtype_bytes(tensor->dtype), tensor->dtype, n_kv);
+        widen(bias + n_before + i * n_kv, (const char *)tensor->data + (size_t)first_kv * ts_dtype_bytes(tensor->dtype),
+              tensor->dtype, n_kv);
     }
     TS_TRY(store_add(load->store, (size_t)(n_before + 2 * n_kv) * sizeof *bias, &data));
     TS_TRY(ts_device_upload(load->store->device, data, bias, (size_t)(n_before + 2 * n_kv) * sizeof *bias));
@@ -163,7 +164,8 @@ static weight_part columns_of(const char *name, int64_t rows, int64_t all_cols, 
     return (weight_part){name, rows, all_cols, 0, rows, all_cols / size * rank, all_cols / size, false};
 }
 
-static ts_status load_layer(loader *load, const ts_config *config, int32_t l, int rank, int size, ts_layer_weights *layer) {
+static ts_status load_layer(loader *load, const ts_config *config, int32_t l, int rank, int size,
+                            ts_layer_weights *layer) {
     ts_status status = TS_OK;
     const int64_t D = config->hidden_size, F = config->intermediate_size, d = config->head_dim;
     const int64_t H = config->n_heads, KV = config->n_kv_heads;
@@ -195,8 +197,8 @@ done:
     return status;
 }
 
-ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank, int tp_size,
-                          ts_weight_store *store, ts_weights *weights) {
+ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank,
+                          int tp_size, ts_weight_store *store, ts_weights *weights) {
     ts_status status = TS_OK;
     const int64_t V = config->vocab_size, D = config->hidden_size;
     const int64_t begin = ts_vocabulary_begin(V, tp_rank, tp_size), end = ts_vocabulary_begin(V, tp_rank + 1, tp_size);

@@ -13,8 +13,8 @@ typedef struct ts_weight_store {
 } ts_weight_store;
 
 // Fills *weights with rank `tp_rank`'s shard. *store owns the memory also when the call fails.
-ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank, int tp_size,
-                          ts_weight_store *store, ts_weights *weights);
+ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank,
+                          int tp_size, ts_weight_store *store, ts_weights *weights);
 
 // Frees what the store owns, and the layer table of weights.
 void ts_weights_release(ts_weight_store *store, ts_weights *weights);
