@@ -23,17 +23,11 @@ struct ts_job_reader {
     bool owns_file;
     char *buffer; // [capacity]; bytes [begin, end) are read but not handed out, none of [begin, scanned) is a newline
     size_t capacity, begin, scanned, end;
-<<<<<<< HEAD
     size_t n_dropped;      // bytes of the present line that were thrown away because it is too long
     bool at_eof;           // read() said so
     int64_t line;          // the last one handed out
     const char *last_text; // of that line, in the buffer
     size_t n_last_bytes;
-=======
-    size_t n_dropped; // bytes of the present line that were thrown away because it is too long
-    bool at_eof;      // read() said so
-    int64_t line;     // the last one handed out
->>>>>>> jobs
     int64_t n_bytes_done, n_bytes_total;
     ts_id_set *ids;
 };
@@ -110,11 +104,7 @@ static ts_status make_room(ts_job_reader *reader) {
         reader->begin = 0;
         reader->scanned = reader->end = n;
     } else {
-<<<<<<< HEAD
-        const size_t capacity = reader->capacity < CAPACITY_MAX / 2 ? 2 * reader->capacity : CAPACITY_MAX;
-=======
         const size_t capacity = 2 * reader->capacity + 2 < CAPACITY_MAX ? 2 * reader->capacity : CAPACITY_MAX;
->>>>>>> jobs
         char *buffer = realloc(reader->buffer, capacity);
         if (!buffer)
             return TS_FAIL(TS_ERR_MEMORY, "%s: line %lld: out of memory for a line of more than %zu bytes",
@@ -275,11 +265,8 @@ ts_status ts_job_reader_next_request(ts_job_reader *reader, ts_request **request
     int64_t line, first_line = 0;
     bool at_end;
     TS_TRY(ts_job_reader_next(reader, &text, &n_bytes, &line, &refused, &at_end));
-<<<<<<< HEAD
     reader->last_text = text;
     reader->n_last_bytes = n_bytes;
-=======
->>>>>>> jobs
     if (text)
         TS_TRY(ts_request_parse(text, n_bytes, line, &parsed, &refused));
     // A refused line also takes its custom_id: the output has a record that bears it.
@@ -304,14 +291,11 @@ done:
     return status;
 }
 
-<<<<<<< HEAD
 const char *ts_job_reader_last_line(const ts_job_reader *reader, size_t *n_bytes) {
     *n_bytes = reader->n_last_bytes;
     return reader->last_text;
 }
 
-=======
->>>>>>> jobs
 void ts_job_reader_progress(const ts_job_reader *reader, int64_t *n_bytes_done, int64_t *n_bytes_total) {
     *n_bytes_done = reader->n_bytes_done;
     *n_bytes_total = reader->n_bytes_total;

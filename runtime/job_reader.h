@@ -1,10 +1,6 @@
 // The input of a job: a file, a pipe or standard input, one request a line (runtime/request.h), read as it is needed.
-<<<<<<< HEAD
-// Memory holds one line and a bounded number of custom_ids, however long the input is (runtime/id_set.h).
-=======
 // Memory holds a buffer that grows to the longest line so far and a bounded number of custom_ids (runtime/id_set.h),
 // however many lines there are.
->>>>>>> jobs
 //
 // Order of calls: ts_job_reader_create, then ts_job_reader_next_request until *end, then ts_job_reader_free. One thread
 // at a time.
@@ -38,13 +34,10 @@ ts_status ts_job_reader_create(const char *path, const char *temp_directory, ts_
 // alone.
 ts_status ts_job_reader_next_request(ts_job_reader *reader, ts_request **request, ts_request_error **error, bool *end);
 
-<<<<<<< HEAD
 // The line that the last request was parsed from, [*n_bytes], to be parsed again elsewhere. Borrowed until the next
 // call on the reader.
 const char *ts_job_reader_last_line(const ts_job_reader *reader, size_t *n_bytes);
 
-=======
->>>>>>> jobs
 // The next line as it is, for a caller with a format of its own: *text [*n_bytes], without its end and not ended by
 // NUL, borrowed until the next call on the reader. A refused line has *text NULL and *error set (the caller's to free).
 ts_status ts_job_reader_next(ts_job_reader *reader, const char **text, size_t *n_bytes, int64_t *line,

@@ -492,12 +492,8 @@ done:
 }
 
 static ts_status refuse_json(parser *p, const json_error_t *error) {
-<<<<<<< HEAD
-    if (json_error_code(error) == json_error_out_of_memory)
-=======
     // jansson leaves the text empty where an allocation failed in its lexer.
     if (json_error_code(error) == json_error_out_of_memory || error->text[0] == '\0')
->>>>>>> jobs
         return OUT_OF_MEMORY(p);
     return refuse(p, NULL, INVALID_JSON, "not JSON near byte %d: %s; must be one JSON object without repeated keys",
                   error->position, error->text);
