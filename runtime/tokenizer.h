@@ -7,6 +7,9 @@
 //     ts_tokenizer_token_bytes(tokenizer, id, &n_bytes, &is_special)      // whole characters: runtime/utf8_stream.h
 //     ts_tokenizer_free(tokenizer);
 //
+// Letters, digits and NFC are those of the Unicode versions of PCRE2 and utf8proc: ids can differ only for characters
+// that one side's Unicode tables do not know yet.
+//
 // A const ts_tokenizer may be used by several threads at once.
 #ifndef TS_RUNTIME_TOKENIZER_H
 #define TS_RUNTIME_TOKENIZER_H

@@ -2,11 +2,11 @@
 
 #include <errno.h>
 #include <jansson.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <utf8proc.h>
+
+#include "runtime/byte_alphabet.h"
 
 enum {
     MAX_IDS = 1 << 24, // far above any vocabulary; keeps one wild id from allocating the whole memory
@@ -28,7 +28,8 @@ static const char *quote(reader *r, int slot, const char *string) {
     char *out = r->quoted[slot];
     size_t n = 0;
     for (const char *s = string; *s; s++) {
-        if (n + 8 > QUOTE_BYTES && ((uint8_t)*s & 0xC0) != 0x80) {
+        // Cut between characters; within one only if the string is not even UTF-8.
+        if (n + 8 > QUOTE_BYTES && (((uint8_t)*s & 0xC0) != 0x80 || n + 5 > QUOTE_BYTES)) {
             memcpy(out + n, "...", 4);
             return out;
         }
@@ -110,42 +111,6 @@ static ts_status read_type(reader *r, json_t *object, const char *where, const c
 
 static ts_status refuse_type(reader *r, const char *where, const char *type, const char *accepted) {
     return UNSUPPORTED("%s: %s is of type \"%s\"; accepted is %s", r->path, where, quote(r, 0, type), accepted);
-}
-
-// ---- the byte alphabet: each byte has a printable letter of its own, and tokens are spelled in those ----
-
-static bool is_own_letter(int byte) {
-    return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
-}
-
-// Bytes that are printable in Latin-1 stand for themselves; the others follow, in order, from U+0100.
-static int byte_of_letter(int32_t letter) {
-    if (letter < 0x100)
-        return letter >= 0 && is_own_letter(letter) ? letter : -1;
-    int32_t next = 0x100;
-    for (int byte = 0; byte < 0x100; byte++) {
-        if (!is_own_letter(byte) && next++ == letter)
-            return byte;
-    }
-    return -1;
-}
-
-// Writes the bytes that `spelling` stands for to `out` (no longer than the spelling itself) and sets *n_bytes. False if
-// it has a character outside the alphabet.
-static bool spell_bytes(const char *spelling, size_t n_spelling, char *out, size_t *n_bytes) {
-    size_t n = 0;
-    for (size_t i = 0; i < n_spelling;) {
-        int32_t letter = -1;
-        const utf8proc_ssize_t length =
-            utf8proc_iterate((const utf8proc_uint8_t *)spelling + i, (utf8proc_ssize_t)(n_spelling - i), &letter);
-        const int byte = length > 0 ? byte_of_letter(letter) : -1;
-        if (byte < 0)
-            return false;
-        out[n++] = (char)byte;
-        i += (size_t)length;
-    }
-    *n_bytes = n;
-    return true;
 }
 
 // ---- model ----
@@ -237,7 +202,7 @@ static ts_status read_vocab(reader *r) {
         entry->n_bytes = strlen(key);
         TS_CHECK(entry->n_bytes > 0, TS_ERR_FORMAT, "%s: model.vocab has an empty token; each stands for some bytes",
                  r->path);
-        entry->byte_level = spell_bytes(key, entry->n_bytes, bytes, &entry->n_bytes);
+        entry->byte_level = ts_byte_alphabet_decode(key, entry->n_bytes, bytes, &entry->n_bytes);
         if (!entry->byte_level) // such a token stands for its own spelling, as the byte-level decoder has it
             memcpy(bytes, key, entry->n_bytes);
         entry->bytes = bytes;

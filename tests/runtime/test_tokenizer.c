@@ -46,12 +46,14 @@ static bool same_ids(const int32_t *ids, size_t n_ids, const json_t *want) {
 // The text of ids, pushed through a stream in steps of `step` bytes of each token (0: whole tokens). Malloc'd.
 static char *decode(const ts_tokenizer *t, const int32_t *ids, size_t n_ids, size_t step, size_t *n_out) {
     ts_utf8_stream stream = {0};
-    char *out = malloc(3);
-    size_t n = 0;
+    size_t n = 0, n_bytes, n_all = 0;
     for (size_t i = 0; i < n_ids; i++) {
-        size_t n_bytes;
+        ts_tokenizer_token_bytes(t, ids[i], &n_bytes, NULL);
+        n_all += n_bytes;
+    }
+    char *out = malloc(TS_UTF8_STREAM_ROOM(n_all));
+    for (size_t i = 0; i < n_ids; i++) {
         const char *bytes = ts_tokenizer_token_bytes(t, ids[i], &n_bytes, NULL);
-        out = realloc(out, n + n_bytes * TS_UTF8_STREAM_ROOM(1) + TS_UTF8_STREAM_ROOM(0));
         for (size_t at = 0; at < n_bytes; at += step ? step : n_bytes) {
             const size_t n_push = !step ? n_bytes : at + step < n_bytes ? step : n_bytes - at;
             n += ts_utf8_stream_push(&stream, bytes + at, n_push, out + n);

@@ -299,6 +299,16 @@ Test(tokenizer_refusals, control_characters_do_not_reach_the_message) {
               ts_status_message());
 }
 
+Test(tokenizer_refusals, long_names_are_cut_between_characters) {
+    char to[4096] = "\"";
+    for (int i = 0; i < 300; i++)
+        strcat(to, i % 3 ? "\xF0\x9F\x91\x8D" : "\\u0001");
+    strcat(to, "\"");
+    cr_assert_eq(load("\"BPE\"", to), TS_ERR_UNSUPPORTED);
+    cr_assert(strstr(ts_status_message(), "\xF0\x9F\x91\x8D...\"") || strstr(ts_status_message(), "\\x01...\""), "%s",
+              ts_status_message());
+}
+
 Test(tokenizer_refusals, prefix_space_goes_before_text_or_pieces) {
     static const struct {
         const char *from, *to, *text, *want;
