@@ -2,6 +2,14 @@
 
 #include "runtime/batch.h"
 
+ts_status ts_feed_check_tokens(const ts_config *config, const char *where, const int32_t *tokens, int64_t n_tokens) {
+    for (int64_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || tokens[i] >= config->vocab_size)
+            return TS_FAIL(TS_ERR_INVALID, "%s: token %lld is %d; the model's vocabulary is 0 to %d", where,
+                           (long long)i, tokens[i], config->vocab_size - 1);
+    return TS_OK;
+}
+
 ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const int32_t *tokens, int64_t n_tokens,
                          ts_feed_options options, ts_feed_visitor visit, void *context, ts_feed_counts *counts) {
     ts_status status = TS_OK;
@@ -12,10 +20,6 @@ ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const
     const int64_t most = options.chunk < n_tokens ? options.chunk : n_tokens, step = options.decode ? 1 : most;
     TS_CHECK(options.chunk > 0, TS_ERR_INVALID, "prefill chunk is %lld; 1 or more is allowed",
              (long long)options.chunk);
-    for (int64_t i = 0; i < n_tokens; i++)
-        TS_CHECK(tokens[i] >= 0 && tokens[i] < config->vocab_size, TS_ERR_INVALID,
-                 "token %lld is %d; the model's vocabulary is 0 to %d", (long long)i, tokens[i],
-                 config->vocab_size - 1);
     TS_TRY(ts_tile_cache_create(device, &shape, 1, ts_tile_cache_pages_for(&shape, n_tokens), &cache));
     TS_TRY(ts_model_reserve(model, step));
     TS_TRY(ts_batch_buffer_create(device, step, &buffer));

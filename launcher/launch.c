@@ -1,0 +1,161 @@
+#include "launcher/launch.h"
+
+#include "kernels/cpu/cpu.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+double ts_launch_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+ts_status ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,
+                                 int64_t *out) {
+    ts_status status = TS_OK;
+    char *end;
+    int64_t scale = 1, value;
+    errno = 0;
+    const long long number = strtoll(text, &end, 10);
+    const bool has_digits = end != text && errno == 0;
+    if (allow_suffix && has_digits && *end && !end[1]) {
+        scale = *end == 'K' ? 1 << 10 : *end == 'M' ? 1 << 20 : *end == 'G' ? 1 << 30 : 1;
+        end += scale > 1;
+    }
+    TS_CHECK(has_digits && !*end && !__builtin_mul_overflow((int64_t)number, scale, &value) && value >= low &&
+                 value <= high,
+             TS_ERR_INVALID, "--%s is \"%s\"; a whole number from %lld to %lld is allowed%s", option, text,
+             (long long)low, (long long)high, allow_suffix ? ", also with K, M or G after it" : "");
+    *out = value;
+done:
+    return status;
+}
+
+static ts_status parse_shared(int option, const char *value, ts_launch_options *out) {
+    ts_status status = TS_OK;
+    int64_t number = 0;
+    switch (option) {
+    case TS_OPTION_MODEL:
+        out->model = value;
+        break;
+    case TS_OPTION_DEVICE:
+        TS_CHECK(strcmp(value, "cpu") == 0, TS_ERR_UNSUPPORTED, "--device is \"%s\"; this build has: cpu", value);
+        out->device = value;
+        break;
+    case TS_OPTION_DTYPE:
+        TS_CHECK(strcmp(value, "f32") == 0, TS_ERR_UNSUPPORTED, "--dtype is \"%s\"; device cpu computes in: f32",
+                 value);
+        out->dtype = value;
+        break;
+    case TS_OPTION_TP:
+        TS_TRY(ts_launch_parse_number("tp", value, 1, 65536, false, &number));
+        out->tp = (int)number;
+        break;
+    case TS_OPTION_DP:
+        TS_TRY(ts_launch_parse_number("dp", value, 1, 65536, false, &number));
+        out->dp = (int)number;
+        break;
+    case TS_OPTION_THREADS:
+        TS_TRY(ts_launch_parse_number("threads", value, 1, 4096, false, &number));
+        out->n_threads = (int)number;
+        break;
+    case TS_OPTION_PREFILL_CHUNK:
+        TS_TRY(ts_launch_parse_number("prefill-chunk", value, 1, 1 << 20, true, &number));
+        out->prefill_chunk = number;
+        break;
+    default:
+        out->help = true;
+    }
+done:
+    return status;
+}
+
+ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct option *table, const char *usage,
+                          ts_launch_options *out, ts_status (*own)(void *context, int option, const char *value),
+                          void *context) {
+    ts_status status = TS_OK;
+    *out = (ts_launch_options){.device = "cpu", .dtype = "f32", .prefill_chunk = 1024};
+    opterr = 0;
+    optind = 1;
+    for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
+        TS_CHECK(option != '?', TS_ERR_INVALID, "%s: \"%s\" is not an option; see tessera %s --help", argv[0],
+                 argv[optind - 1], argv[0]);
+        TS_CHECK(option != ':', TS_ERR_INVALID, "%s: option \"%s\" needs a value; see tessera %s --help", argv[0],
+                 argv[optind - 1], argv[0]);
+        if (option < TS_OPTION_OWN)
+            TS_TRY(parse_shared(option, optarg, out));
+        else
+            TS_TRY(own(context, option, optarg));
+    }
+    TS_CHECK(optind == argc, TS_ERR_INVALID,
+             "%s: \"%s\" stands alone; every argument is an option, see tessera %s --help", argv[0], argv[optind],
+             argv[0]);
+    if (out->help) {
+        if (ts_group_rank(launch->world) == 0)
+            fputs(usage, stdout);
+        goto done;
+    }
+    TS_CHECK(out->model, TS_ERR_INVALID, "%s: --model DIR is missing; see tessera %s --help", argv[0], argv[0]);
+done:
+    // Every rank has parsed the same arguments and knows the same.
+    launch->agreed = launch->agreed || status != TS_OK;
+    return status;
+}
+
+ts_status ts_launch_agree(ts_launch *launch, ts_status mine) {
+    const ts_status all = ts_group_agree(launch->world, mine);
+    launch->agreed = launch->agreed || all != TS_OK;
+    return all;
+}
+
+// The processors this rank may use: all of its affinity mask when the launcher bound it, its share of the node
+// otherwise.
+static int default_threads(const ts_group *world) {
+    cpu_set_t mask;
+    const long n_online = sysconf(_SC_NPROCESSORS_ONLN);
+    long n = n_online;
+    if (sched_getaffinity(0, sizeof mask, &mask) == 0)
+        n = CPU_COUNT(&mask);
+    if (n >= n_online)
+        n = n_online / ts_world_local_size(world);
+    return n > 1 ? (int)n : 1;
+}
+
+ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
+    ts_status status = TS_OK;
+    ts_config config;
+    const int n_ranks = ts_group_size(launch->world);
+    const int n_threads = options->n_threads > 0 ? options->n_threads : default_threads(launch->world);
+    ts_grid_shape shape = {allow_dp ? options->dp : 1, 1, options->tp};
+    TS_TRY(ts_launch_agree(launch, ts_config_load(options->model, &config)));
+    if (shape.tp == 0)
+        shape.tp = shape.dp > 0 && n_ranks % shape.dp == 0 ? n_ranks / shape.dp : n_ranks;
+    TS_TRY(ts_launch_agree(launch, ts_grid_resolve(shape, n_ranks, &shape)));
+    const ts_grid_limits limits = {
+        .n_kv_heads = config.n_kv_heads,
+        .intermediate_size = config.intermediate_size,
+        .cache_lanes = config.is_sparse ? config.sparsity.cache_lanes : 0,
+        .max_cp = 1,
+    };
+    TS_TRY(ts_launch_agree(launch, ts_grid_check(shape, n_ranks, limits)));
+    TS_TRY(ts_grid_create(launch->world, shape, &launch->grid));
+    TS_TRY(ts_launch_agree(launch, ts_cpu_device_create(n_threads, &launch->device)));
+    TS_TRY(ts_launch_agree(launch,
+                           ts_model_load(launch->device, ts_grid_tp(launch->grid), options->model, &launch->model)));
+done:
+    return status;
+}
+
+void ts_launch_end(ts_launch *launch) {
+    ts_model_free(launch->model);
+    ts_device_free(launch->device);
+    ts_grid_free(launch->grid);
+    launch->model = NULL;
+    launch->device = NULL;
+    launch->grid = NULL;
+}
