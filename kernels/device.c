@@ -24,6 +24,19 @@ ts_status ts_device_upload(ts_device *device, void *data, const void *host, size
     return n_bytes ? device->backend->upload(device, data, host, n_bytes) : TS_OK;
 }
 
+size_t ts_device_weight_bytes(const ts_device *device, int64_t n_rows, int64_t n_cols, ts_dtype dtype) {
+    if (device->backend->weight_bytes)
+        return device->backend->weight_bytes(n_rows, n_cols, dtype);
+    return (size_t)n_rows * (size_t)n_cols * ts_dtype_bytes(dtype);
+}
+
+ts_status ts_device_upload_weight(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
+                                  ts_dtype dtype) {
+    if (device->backend->upload_weight)
+        return device->backend->upload_weight(device, data, host, n_rows, n_cols, dtype);
+    return ts_device_upload(device, data, host, (size_t)n_rows * (size_t)n_cols * ts_dtype_bytes(dtype));
+}
+
 ts_status ts_device_download(ts_device *device, void *host, const void *data, size_t n_bytes) {
     return n_bytes ? device->backend->download(device, host, data, n_bytes) : TS_OK;
 }

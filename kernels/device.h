@@ -33,6 +33,10 @@ typedef struct ts_device_backend {
     ts_status (*zero)(ts_device *device, void *data, size_t n_bytes);
     ts_status (*synchronize)(ts_device *device);
     ts_status (*memory)(ts_device *device, size_t *free_bytes, size_t *total_bytes);
+    // How weight matrices lie in memory; both NULL where they lie row by row.
+    size_t (*weight_bytes)(int64_t n_rows, int64_t n_cols, ts_dtype dtype);
+    ts_status (*upload_weight)(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
+                               ts_dtype dtype);
 } ts_device_backend;
 
 // What every backend's device begins with.
@@ -54,6 +58,12 @@ void ts_device_release(ts_device *device, void *data);
 
 // Host to device. `host` may be reused at once.
 ts_status ts_device_upload(ts_device *device, void *data, const void *host, size_t n_bytes);
+
+// Bytes of a weight matrix [n_rows, n_cols] in the layout that the device's ops read, and its upload from `host`, where
+// it lies row by row. Only ops that say they take a weight (embed's table, linear's w) may read it.
+size_t ts_device_weight_bytes(const ts_device *device, int64_t n_rows, int64_t n_cols, ts_dtype dtype);
+ts_status ts_device_upload_weight(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
+                                  ts_dtype dtype);
 
 // Device to host; returns when the bytes are there.
 ts_status ts_device_download(ts_device *device, void *host, const void *data, size_t n_bytes);

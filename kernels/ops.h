@@ -79,7 +79,7 @@ typedef struct ts_tile_history {
 typedef struct ts_embed_args {
     const int32_t *tokens; // [M] device
     int64_t first_token;   // of this rank's vocabulary shard
-    ts_tensor table;       // [V, D] any weight dtype
+    ts_tensor table;       // [V, D] weight: F32, BF16 or F16, uploaded by ts_device_upload_weight
     ts_tensor x;           // [M, D] out
 } ts_embed_args;
 
@@ -97,7 +97,7 @@ typedef enum ts_activation { TS_ACTIVATION_NONE, TS_ACTIVATION_GELU_TANH } ts_ac
 // y = activation(x w^T + bias).
 typedef struct ts_linear_args {
     ts_tensor x;           // [M, K]
-    ts_tensor w;           // [N, K] F32, BF16 or F16
+    ts_tensor w;           // [N, K] weight: F32, BF16 or F16, uploaded by ts_device_upload_weight
     const ts_tensor *bias; // [1, N] f32 or NULL
     ts_tensor y;           // [M, N] out
     ts_activation activation;

@@ -120,8 +120,14 @@ static ts_status load_stack(loader *load, const char *prefix, const weight_part 
                 widen((float *)(void *)at, in, tensors[i]->dtype, parts[i].cols);
         }
     }
-    TS_TRY(store_add(load->store, (size_t)rows * row_bytes, &data));
-    TS_TRY(ts_device_upload(load->store->device, data, host, (size_t)rows * row_bytes));
+    ts_device *device = load->store->device;
+    if (parts[0].is_vector) {
+        TS_TRY(store_add(load->store, row_bytes, &data));
+        TS_TRY(ts_device_upload(device, data, host, row_bytes));
+    } else {
+        TS_TRY(store_add(load->store, ts_device_weight_bytes(device, rows, parts[0].cols, dtype), &data));
+        TS_TRY(ts_device_upload_weight(device, data, host, rows, parts[0].cols, dtype));
+    }
     *out = ts_tensor_of(data, dtype, rows, parts[0].cols);
 done:
     free(host);

@@ -1,6 +1,8 @@
 // Host memory as a device. Allocations are zeroed lazily by the kernel, so untouched cache pages cost nothing.
 #include "kernels/cpu/device.h"
 
+#include "kernels/cpu/panels.h"
+
 #include <cblas.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -53,6 +55,24 @@ static ts_status cpu_memory(ts_device *device, size_t *free_bytes, size_t *total
     return TS_OK;
 }
 
+static size_t cpu_weight_bytes(int64_t n_rows, int64_t n_cols, ts_dtype dtype) {
+    return (size_t)(ts_panel_count(n_rows) * TS_PANEL * n_cols) * ts_dtype_bytes(dtype);
+}
+
+static ts_status cpu_upload_weight(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
+                                   ts_dtype dtype) {
+    const size_t element = ts_dtype_bytes(dtype);
+    for (int64_t n = 0; n < ts_panel_count(n_rows) * TS_PANEL; n++)
+        for (int64_t k = 0; k < n_cols; k++) {
+            char *to = (char *)data + (size_t)ts_panel_index(n, k, n_cols) * element;
+            if (n < n_rows)
+                memcpy(to, (const char *)host + (size_t)(n * n_cols + k) * element, element);
+            else
+                memset(to, 0, element);
+        }
+    return TS_OK;
+}
+
 static const ts_device_backend cpu_backend = {
     .name = "cpu",
     .free = cpu_free,
@@ -64,6 +84,8 @@ static const ts_device_backend cpu_backend = {
     .zero = cpu_zero,
     .synchronize = cpu_synchronize,
     .memory = cpu_memory,
+    .weight_bytes = cpu_weight_bytes,
+    .upload_weight = cpu_upload_weight,
 };
 
 static const ts_ops *widest_ops(void) {

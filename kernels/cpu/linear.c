@@ -1,47 +1,57 @@
-// y = activation(x w^T + bias), w in the dtype of its file.
+// y = activation(x w^T + bias), w in panels and in the dtype of its file (panels.h).
 //
-// Few rows (decode) are bound by reading w: a kernel of our own reads it once, as stored, and every output is one dot
-// product along K in one fixed order, so a row's bits do not depend on the rows beside it. Many rows (prefill) are
-// bound by arithmetic: w is widened once into scratch and OpenBLAS does the product.
+// Few rows (decode) are bound by reading w: a kernel of our own reads it once, as stored; every output is one sum over
+// k in rising order, so a row's bits do not depend on the rows beside it. Many rows (prefill) are bound by arithmetic:
+// w is widened into scratch once and OpenBLAS does the product.
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/weight_row.h"
+#include "kernels/cpu/panels.h"
 
 #include <cblas.h>
 
 enum {
-    BLAS_MIN_ROWS = 32, // fewer rows: the dot kernel
-    ROWS_OF_X = 6,      // x rows and w rows whose products are accumulated together: 6 * 4 vectors in registers
-    ROWS_OF_W = 4,
-    BLOCK_OF_W = 32, // w rows a thread takes at a time: they stay in its cache while all x rows pass
+    BLAS_MIN_ROWS = 32,               // fewer rows: our kernel
+    PANEL_VECS = TS_PANEL / TS_LANES, // vectors of one panel
+    // Rows of x times panels whose sums are kept in registers together.
+    BLOCK_ROWS = TS_LANES == 16  ? 8
+                 : TS_LANES == 8 ? 6
+                                 : 2,
+    BLOCK_PANELS = TS_LANES == 16 ? 3 : 1,
+    // One or two rows alone take more panels, to have enough independent sums in flight.
+    SINGLE_PANELS = TS_LANES == 16  ? 8
+                    : TS_LANES == 8 ? 4
+                                    : 2,
+    MAX_PANELS = SINGLE_PANELS,
 };
 
-// sums[j][i] = x[i] . w[j]. n_x, n_w and dtype are constants at every call, so the loops unroll.
-TS_INLINE void dot_block(const float *x, int64_t x_stride, int n_x, const char *w, size_t w_row_bytes, int n_w,
-                         int64_t K, ts_dtype dtype, float sums[ROWS_OF_W * 2][ROWS_OF_X]) {
-    ts_vec acc[ROWS_OF_W * 2][ROWS_OF_X];
-    for (int j = 0; j < n_w; j++)
-        for (int i = 0; i < n_x; i++)
-            acc[j][i] = (ts_vec){0};
-    int64_t k = 0;
-    for (; k + TS_LANES <= K; k += TS_LANES) {
-        ts_vec xs[ROWS_OF_X];
+// Sums of n_rows rows of x with n_panels panels, into y. Both are constants at every call, so the loops unroll.
+TS_INLINE void product_block(const float *x, int64_t x_stride, int n_rows, const char *panels, size_t panel_bytes,
+                             int n_panels, int64_t K, ts_dtype dtype, float *y, int64_t y_stride, int64_t n_columns) {
+    ts_vec acc[BLOCK_ROWS][MAX_PANELS * PANEL_VECS];
+    const int n_vecs = n_panels * PANEL_VECS;
+    for (int i = 0; i < n_rows; i++)
+        for (int j = 0; j < n_vecs; j++)
+            acc[i][j] = (ts_vec){0};
+    for (int64_t k = 0; k < K; k++) {
+        ts_vec w[MAX_PANELS * PANEL_VECS];
+#pragma GCC unroll 16
+        for (int j = 0; j < n_vecs; j++)
+            w[j] = ts_weight_load(panels + (size_t)(j / PANEL_VECS) * panel_bytes,
+                                  k * TS_PANEL + j % PANEL_VECS * TS_LANES, dtype);
 #pragma GCC unroll 8
-        for (int i = 0; i < n_x; i++)
-            xs[i] = ts_vec_load(x + i * x_stride + k);
-#pragma GCC unroll 8
-        for (int j = 0; j < n_w; j++) {
-            const ts_vec ws = ts_weight_load(w + (size_t)j * w_row_bytes, k, dtype);
-#pragma GCC unroll 8
-            for (int i = 0; i < n_x; i++)
-                acc[j][i] += xs[i] * ws;
+        for (int i = 0; i < n_rows; i++) {
+            const float xs = x[i * x_stride + k];
+#pragma GCC unroll 16
+            for (int j = 0; j < n_vecs; j++)
+                acc[i][j] += xs * w[j];
         }
     }
-    for (int j = 0; j < n_w; j++)
-        for (int i = 0; i < n_x; i++) {
-            float sum = ts_vec_sum(acc[j][i]);
-            for (int64_t tail = k; tail < K; tail++)
-                sum += x[i * x_stride + tail] * ts_weight_at(w + (size_t)j * w_row_bytes, tail, dtype);
-            sums[j][i] = sum;
+    for (int i = 0; i < n_rows; i++)
+        for (int j = 0; j < n_vecs; j++) {
+            const int64_t left = n_columns - j * TS_LANES;
+            if (left >= TS_LANES)
+                ts_vec_store(y + i * y_stride + j * TS_LANES, acc[i][j]);
+            else if (left > 0)
+                memcpy(y + i * y_stride + j * TS_LANES, &acc[i][j], (size_t)left * sizeof *y);
         }
 }
 
@@ -61,83 +71,98 @@ TS_INLINE void finish_row(const ts_linear_args *args, int64_t row, int64_t begin
     }
 }
 
-// All x rows against w rows [begin, end).
-TS_INLINE void dot_panel(const ts_linear_args *args, int64_t begin, int64_t end, ts_dtype dtype) {
-    const ts_tensor *x = &args->x, *w = &args->w;
-    const size_t row_bytes = (size_t)w->stride * ts_dtype_bytes(dtype);
-    float sums[ROWS_OF_W * 2][ROWS_OF_X];
-#define TS_DOT(N_X, N_W)                                                                                               \
-    do {                                                                                                               \
-        for (; j + (N_W) <= end; j += (N_W)) {                                                                         \
-            dot_block(rows, x->stride, N_X, (const char *)w->data + (size_t)j * row_bytes, row_bytes, N_W, x->cols,    \
-                      dtype, sums);                                                                                    \
-            for (int q = 0; q < (N_W); q++)                                                                            \
-                for (int p = 0; p < (N_X); p++)                                                                        \
-                    ((float *)args->y.data)[(i + p) * args->y.stride + j + q] = sums[q][p];                            \
-        }                                                                                                              \
-    } while (0)
-#define TS_DOT_ROWS(N_X)                                                                                               \
-    case N_X:                                                                                                          \
-        TS_DOT(N_X, ROWS_OF_W);                                                                                        \
-        TS_DOT(N_X, 1);                                                                                                \
+// All rows of x with panels [begin, end).
+TS_INLINE void product_panels(const ts_linear_args *args, int64_t begin, int64_t end, ts_dtype dtype) {
+    const ts_tensor *x = &args->x, *w = &args->w, *y = &args->y;
+    const size_t panel_bytes = (size_t)w->cols * TS_PANEL * ts_dtype_bytes(dtype);
+#define TS_BLOCK(ROWS, PANELS)                                                                                         \
+    for (; p + (PANELS) <= end; p += (PANELS))                                                                         \
+    product_block((const float *)x->data + i * x->stride, x->stride, ROWS,                                             \
+                  (const char *)w->data + (size_t)p * panel_bytes, panel_bytes, PANELS, w->cols, dtype,                \
+                  (float *)y->data + i * y->stride + p * TS_PANEL, y->stride, w->rows - p * TS_PANEL)
+#define TS_BLOCK_ROWS(ROWS)                                                                                            \
+    case ROWS:                                                                                                         \
+        TS_BLOCK(ROWS, BLOCK_PANELS);                                                                                  \
+        TS_BLOCK(ROWS, 1);                                                                                             \
         break
-    for (int64_t i = 0; i < x->rows; i += ROWS_OF_X) {
-        const float *rows = (const float *)x->data + i * x->stride;
-        int64_t j = begin;
-        switch (x->rows - i < ROWS_OF_X ? x->rows - i : ROWS_OF_X) {
+    for (int64_t i = 0; i < x->rows; i += BLOCK_ROWS) {
+        int64_t p = begin;
+        switch (x->rows - i < BLOCK_ROWS ? x->rows - i : BLOCK_ROWS) {
         case 1:
-            TS_DOT(1, ROWS_OF_W * 2);
-            TS_DOT(1, 1);
+            TS_BLOCK(1, SINGLE_PANELS);
+            TS_BLOCK(1, 1);
             break;
-            TS_DOT_ROWS(2);
-            TS_DOT_ROWS(3);
-            TS_DOT_ROWS(4);
-            TS_DOT_ROWS(5);
-            TS_DOT_ROWS(6);
+            TS_BLOCK_ROWS(2);
+#if TS_LANES >= 8
+            TS_BLOCK_ROWS(3);
+            TS_BLOCK_ROWS(4);
+            TS_BLOCK_ROWS(5);
+            TS_BLOCK_ROWS(6);
+#endif
+#if TS_LANES >= 16
+            TS_BLOCK_ROWS(7);
+            TS_BLOCK_ROWS(8);
+#endif
         }
-        for (int64_t p = i; p < i + ROWS_OF_X && p < x->rows; p++)
-            finish_row(args, p, begin, end);
     }
-#undef TS_DOT_ROWS
-#undef TS_DOT
+#undef TS_BLOCK_ROWS
+#undef TS_BLOCK
+    for (int64_t i = 0; i < x->rows; i++)
+        finish_row(args, i, begin * TS_PANEL, end * TS_PANEL < w->rows ? end * TS_PANEL : w->rows);
 }
 
-static void linear_by_dots(const ts_linear_args *args, int n_threads) {
-    const int64_t N = args->w.rows, work = N * args->w.cols * args->x.rows;
-#pragma omp parallel for schedule(static) num_threads(n_threads) if (work > 32768)
-    for (int64_t begin = 0; begin < N; begin += BLOCK_OF_W) {
-        const int64_t end = begin + BLOCK_OF_W < N ? begin + BLOCK_OF_W : N;
+static void linear_by_panels(const ts_linear_args *args, int n_threads) {
+    const int64_t n_panels = ts_panel_count(args->w.rows);
+    // Panels a thread takes at a time: few enough to stay in its cache while all rows pass, and the same for every
+    // thread.
+    const int64_t share = (n_panels + n_threads - 1) / n_threads, n_steps = (share + 23) / 24;
+    const int64_t step = (share + n_steps - 1) / n_steps;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (args->w.rows * args->w.cols * args->x.rows > 32768)
+    for (int64_t begin = 0; begin < n_panels; begin += step) {
+        const int64_t end = begin + step < n_panels ? begin + step : n_panels;
         switch (args->w.dtype) {
         case TS_BF16:
-            dot_panel(args, begin, end, TS_BF16);
+            product_panels(args, begin, end, TS_BF16);
             break;
         case TS_F16:
-            dot_panel(args, begin, end, TS_F16);
+            product_panels(args, begin, end, TS_F16);
             break;
         default:
-            dot_panel(args, begin, end, TS_F32);
+            product_panels(args, begin, end, TS_F32);
         }
     }
+}
+
+// Panels back to rows of k: wide[k, n], n padded to whole panels.
+TS_INLINE void widen_panel(const ts_tensor *w, int64_t p, ts_dtype dtype, float *wide, int64_t stride) {
+    const char *panel = (const char *)w->data + (size_t)(p * w->cols * TS_PANEL) * ts_dtype_bytes(dtype);
+    for (int64_t k = 0; k < w->cols; k++)
+        for (int v = 0; v < PANEL_VECS; v++)
+            ts_vec_store(wide + k * stride + p * TS_PANEL + v * TS_LANES,
+                         ts_weight_load(panel, k * TS_PANEL + v * TS_LANES, dtype));
 }
 
 static ts_status linear_by_blas(ts_device *device, const ts_linear_args *args, int n_threads) {
     ts_status status = TS_OK;
     const ts_tensor *x = &args->x, *w = &args->w, *y = &args->y;
-    const float *wide = w->data;
-    int64_t wide_stride = w->stride;
-    if (w->dtype != TS_F32) {
-        void *scratch;
-        TS_TRY(ts_cpu_device_scratch(device, (size_t)w->rows * (size_t)w->cols * sizeof(float), &scratch));
-        const size_t row_bytes = (size_t)w->stride * ts_dtype_bytes(w->dtype);
+    const int64_t n_panels = ts_panel_count(w->rows), stride = n_panels * TS_PANEL;
+    void *wide;
+    TS_TRY(ts_cpu_device_scratch(device, (size_t)stride * (size_t)w->cols * sizeof(float), &wide));
 #pragma omp parallel for schedule(static) num_threads(n_threads)
-        for (int64_t j = 0; j < w->rows; j++)
-            ts_weight_row_widen((float *)scratch + j * w->cols, (const char *)w->data + (size_t)j * row_bytes, w->cols,
-                                w->dtype);
-        wide = scratch;
-        wide_stride = w->cols;
+    for (int64_t p = 0; p < n_panels; p++) {
+        switch (w->dtype) {
+        case TS_BF16:
+            widen_panel(w, p, TS_BF16, wide, stride);
+            break;
+        case TS_F16:
+            widen_panel(w, p, TS_F16, wide, stride);
+            break;
+        default:
+            widen_panel(w, p, TS_F32, wide, stride);
+        }
     }
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (blasint)x->rows, (blasint)w->rows, (blasint)x->cols, 1.0f,
-                x->data, (blasint)x->stride, wide, (blasint)wide_stride, 0.0f, y->data, (blasint)y->stride);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)x->rows, (blasint)w->rows, (blasint)x->cols, 1.0f,
+                x->data, (blasint)x->stride, wide, (blasint)stride, 0.0f, y->data, (blasint)y->stride);
     if (args->bias || args->activation != TS_ACTIVATION_NONE) {
 #pragma omp parallel for schedule(static) num_threads(n_threads)
         for (int64_t i = 0; i < y->rows; i++)
@@ -150,7 +175,7 @@ done:
 ts_status TS_ISA(linear)(ts_device *device, const ts_linear_args *args) {
     const int n_threads = ts_cpu_device_of(device)->n_threads;
     if (args->row_invariant || args->x.rows < BLAS_MIN_ROWS) {
-        linear_by_dots(args, n_threads);
+        linear_by_panels(args, n_threads);
         return TS_OK;
     }
     return linear_by_blas(device, args, n_threads);
