@@ -8,6 +8,7 @@ ts_status ts_command_run(ts_launch *launch, int argc, char **argv);
 ts_status ts_command_eval(ts_launch *launch, int argc, char **argv);
 ts_status ts_command_logits(ts_launch *launch, int argc, char **argv);
 ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv);
+ts_status ts_command_show(ts_launch *launch, int argc, char **argv);
 ts_status ts_command_bench(ts_launch *launch, int argc, char **argv);
 
 #endif

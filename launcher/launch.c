@@ -100,7 +100,6 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
             fputs(usage, stdout);
         goto done;
     }
-    TS_CHECK(out->model, TS_ERR_INVALID, "%s: --model DIR is missing; see tessera %s --help", argv[0], argv[0]);
 done:
     // Every rank has parsed the same arguments and knows the same.
     launch->agreed = launch->agreed || status != TS_OK;
@@ -128,6 +127,9 @@ static int default_threads(const ts_group *world) {
 
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
+    launch->agreed = !options->model;
+    TS_CHECK(options->model, TS_ERR_INVALID,
+             "--model DIR is missing: a directory with config.json and model.safetensors");
     ts_config config;
     const int n_ranks = ts_group_size(launch->world);
     const int n_threads = options->n_threads > 0 ? options->n_threads : default_threads(launch->world);

@@ -1,6 +1,5 @@
 // tessera: starts the ranks, finds the subcommand, and is the only place that ends the process.
 #include "kernels/base/log.h"
-#include "launcher/blas_kernels.h"
 #include "launcher/commands.h"
 
 #include <signal.h>
@@ -16,6 +15,7 @@ static const struct {
     {"eval", ts_command_eval, "score a text: bits per byte, perplexity"},
     {"logits", ts_command_logits, "write the logits of given tokens to a safetensors file"},
     {"inspect", ts_command_inspect, "show a model's shapes, parameters and memory"},
+    {"show", ts_command_show, "print prompts and what was generated for them"},
     {"bench", ts_command_bench, "time prefill and decode of a model on this machine"},
 };
 
@@ -39,7 +39,6 @@ static bool launched_by_mpi(void) {
 int main(int argc, char **argv) {
     ts_status status = TS_OK;
     ts_launch launch = {0};
-    ts_blas_kernels_choose(argv);
     signal(SIGPIPE, SIG_IGN); // a closed pipe is an error of the write, which says where
     status = launched_by_mpi() ? ts_world_create_mpi(&argc, &argv, &launch.world) : ts_world_create_self(&launch.world);
     if (status != TS_OK) {
@@ -62,8 +61,8 @@ int main(int argc, char **argv) {
         if (rank == 0)
             puts("tessera " TS_VERSION);
     } else {
-        status =
-            TS_FAIL(TS_ERR_INVALID, "\"%s\" is not a command; there are run, eval, logits, inspect and bench", name);
+        status = TS_FAIL(TS_ERR_INVALID,
+                         "\"%s\" is not a command; there are run, eval, logits, inspect, show and bench", name);
         launch.agreed = true;
     }
     if (status == TS_OK && fflush(stdout) != 0)
