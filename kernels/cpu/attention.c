@@ -319,35 +319,67 @@ done:
     return status;
 }
 
-// One query against the open tile's keys 0 .. n and the state before it.
-static void token_output(const heads *h, const float *q, const ts_tile_keys *keys, const float *state,
-                         const float *mass, float *y) {
-    const int64_t d = h->d, n = keys->n - 1;
-    float out[TS_HEAD_MAX];
+// One row of d floats into L2.
+TS_INLINE void prefetch_row(const float *row, int64_t d) {
+    enum { LINE = 16 };
+    for (int64_t i = 0; i < d; i += LINE)
+        __builtin_prefetch(row + i, 0, 2);
+}
+
+// One query against the open tile's keys 0 .. n and the state before it. d is a constant at every call: the output
+// stays in registers. Every row is read once, from L3 or beyond: the same row of the next head, which follows in
+// memory, is asked for at the same time.
+TS_INLINE void token_output_of(int64_t d, int64_t T, const float *q, const ts_tile_keys *keys, const float *state,
+                               const float *mass, float eps, float *y) {
+    const int64_t n = keys->n - 1, n_vecs = d / TS_LANES;
+    float weights[TS_TILE_MAX];
+    ts_vec out[TS_HEAD_MAX / TS_LANES], before = {0};
     const float reach = ts_exp((float)keys->c[n]);
-    ts_vec from_before = {0};
-    memset(out, 0, (size_t)d * sizeof *out);
-    for (int64_t i = 0; i < d; i += TS_LANES)
-        from_before += ts_vec_load(q + i) * ts_vec_load(mass + i);
-    float denominator = reach * ts_vec_sum(from_before);
+    for (int64_t e = 0; e < n_vecs; e++) {
+        out[e] = (ts_vec){0};
+        before += ts_vec_load(q + e * TS_LANES) * ts_vec_load(mass + e * TS_LANES);
+    }
     for (int64_t i = 0; i < d; i++) {
-        const float weight = reach * q[i];
-        for (int64_t e = 0; e < d; e += TS_LANES)
-            ts_vec_store(out + e, ts_vec_load(out + e) + weight * ts_vec_load(state + i * d + e));
+        prefetch_row(state + (d + i) * d, d);
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < n_vecs; e++)
+            out[e] += q[i] * ts_vec_load(state + i * d + e * TS_LANES);
+    }
+#pragma GCC unroll 8
+    for (int64_t e = 0; e < n_vecs; e++)
+        out[e] *= reach;
+    for (int64_t m = 0; m <= n; m++) {
+        ts_vec product = {0};
+        prefetch_row(keys->k + (T + m) * d, d);
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < n_vecs; e++)
+            product += ts_vec_load(q + e * TS_LANES) * ts_vec_load(keys->k + m * d + e * TS_LANES);
+        weights[m] = ts_vec_sum(product);
+    }
+    float within = 0;
+#pragma omp simd reduction(+ : within)
+    for (int64_t m = 0; m <= n; m++) {
+        weights[m] *= ts_exp((float)(keys->c[n] - keys->c[m]));
+        within += weights[m];
     }
     for (int64_t m = 0; m <= n; m++) {
-        const float *k = keys->k + m * d, *v = keys->v + m * d;
-        ts_vec product = {0};
-        for (int64_t i = 0; i < d; i += TS_LANES)
-            product += ts_vec_load(q + i) * ts_vec_load(k + i);
-        const float weight = ts_exp((float)(keys->c[n] - keys->c[m])) * ts_vec_sum(product);
-        denominator += weight;
-        for (int64_t e = 0; e < d; e += TS_LANES)
-            ts_vec_store(out + e, ts_vec_load(out + e) + weight * ts_vec_load(v + e));
+        prefetch_row(keys->v + (T + m) * d, d);
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < n_vecs; e++)
+            out[e] += weights[m] * ts_vec_load(keys->v + m * d + e * TS_LANES);
     }
-    const float scale = 1.0f / (denominator + (float)h->args->normalizer_eps);
-    for (int64_t e = 0; e < d; e += TS_LANES)
-        ts_vec_store(y + e, scale * ts_vec_load(out + e));
+    const float scale = 1.0f / (reach * ts_vec_sum(before) + within + eps);
+#pragma GCC unroll 8
+    for (int64_t e = 0; e < n_vecs; e++)
+        ts_vec_store(y + e * TS_LANES, scale * out[e]);
+}
+
+static void token_output(const heads *h, const float *q, const ts_tile_keys *keys, const float *state,
+                         const float *mass, float *y) {
+    if (h->d == 64)
+        token_output_of(64, h->T, q, keys, state, mass, (float)h->args->normalizer_eps, y);
+    else
+        token_output_of(128, h->T, q, keys, state, mass, (float)h->args->normalizer_eps, y);
 }
 
 static void decode_head(const heads *h, const ts_span *span, int32_t j, double *scores) {

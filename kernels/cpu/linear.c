@@ -37,6 +37,10 @@ TS_INLINE void product_block(const float *x, int64_t x_stride, int n_rows, const
         for (int j = 0; j < n_vecs; j++)
             w[j] = ts_weight_load(panels + (size_t)(j / PANEL_VECS) * panel_bytes,
                                   k * TS_PANEL + j % PANEL_VECS * TS_LANES, dtype);
+        // The panels of the next block, into L2 while this one is being multiplied.
+        for (int j = 0; j < n_panels && n_rows > 2; j++)
+            __builtin_prefetch(
+                panels + (size_t)(n_panels + j) * panel_bytes + (size_t)k * TS_PANEL * (dtype == TS_F32 ? 4 : 2), 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < n_rows; i++) {
             const float xs = x[i * x_stride + k];

@@ -46,14 +46,22 @@ TS_INLINE ts_vec ts_vec_load_f16(const uint16_t *p) {
     return (ts_vec)(bits | (h & 0x8000) << 16);
 }
 
-// One fixed order of additions, whatever the instruction set does with the rest.
+// The sum of the lanes, halves onto halves.
 TS_INLINE float ts_vec_sum(ts_vec v) {
-    float lanes[TS_LANES];
-    memcpy(lanes, &v, sizeof v);
-    for (int half = TS_LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            lanes[i] += lanes[i + half];
-    return lanes[0];
+#if TS_LANES == 16
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif TS_LANES == 8
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+    return v[0];
 }
 
 // e^x to about 1 ulp for x in [-87.3, 88.7]; 0 below, the largest float's neighbourhood above. Vectorises in loops.
