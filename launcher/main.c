@@ -1,6 +1,7 @@
 // tessera: starts the ranks, finds the subcommand, and is the only place that ends the process.
 #include "kernels/base/log.h"
 #include "launcher/commands.h"
+#include "launcher/thread_waits.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -39,6 +40,7 @@ static bool launched_by_mpi(void) {
 int main(int argc, char **argv) {
     ts_status status = TS_OK;
     ts_launch launch = {0};
+    ts_thread_waits_shorten(argv);
     signal(SIGPIPE, SIG_IGN); // a closed pipe is an error of the write, which says where
     status = launched_by_mpi() ? ts_world_create_mpi(&argc, &argv, &launch.world) : ts_world_create_self(&launch.world);
     if (status != TS_OK) {
