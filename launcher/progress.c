@@ -19,13 +19,13 @@ void ts_progress_begin(ts_progress *progress) {
     };
 }
 
-// The share of the job that is done, -1 when nobody can know: of the lines handed out those that are back, of the input
-// what they make of it.
+// The share of the job that is done, -1 when nobody can know: of the tokens that the requests read so far ask for, as
+// rank 0's replica sees them, those that are done; of the input what they make of it.
 static double share_done(const ts_job_progress *job) {
-    if (job->n_bytes_total <= 0 || job->n_started == 0)
+    if (job->n_bytes_total <= 0 || job->n_own_tokens == 0)
         return -1;
     const double read = (double)job->n_bytes_read / (double)job->n_bytes_total;
-    return read * (double)job->n_done / (double)job->n_started;
+    return read * (double)job->n_own_tokens / (double)(job->n_own_tokens + job->n_own_ahead);
 }
 
 static void format_seconds(char *out, size_t n, double seconds) {

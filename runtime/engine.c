@@ -397,6 +397,15 @@ done:
     return status;
 }
 
+static int64_t tokens_ahead(const ts_engine *engine) {
+    int64_t n = ts_scheduler_prompt_tokens_ahead(engine->scheduler);
+    for (const in_flight *job = engine->all; job; job = job->next)
+        for (int32_t i = 0; i < job->request->sampling.n; i++)
+            if (!job->samples[i].generation.ended)
+                n += job->request->sampling.max_tokens - job->samples[i].generation.n_tokens;
+    return n;
+}
+
 ts_status ts_engine_run(ts_engine *engine, const ts_engine_job *job) {
     ts_status status = TS_OK;
     ts_decision decision;
@@ -417,7 +426,7 @@ ts_status ts_engine_run(ts_engine *engine, const ts_engine_job *job) {
             n_prompt_tokens += decision.spans[i].n_tokens;
         const int64_t n_generated = (int64_t)engine->step.n_sample_rows;
         TS_TRY(accept_tokens(engine));
-        TS_TRY(job->tick(job->context, n_prompt_tokens, n_generated));
+        TS_TRY(job->tick(job->context, n_prompt_tokens, n_generated, tokens_ahead(engine)));
     }
     make_step(engine, &(ts_decision){0});
     engine->step.kind = TS__JOB__STEP__KIND__STOP;

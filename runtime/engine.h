@@ -28,8 +28,9 @@ typedef struct ts_engine_job {
     // `wait`: nothing is running; the call may block until there is one.
     ts_status (*next)(void *context, bool wait, ts_request **request, bool *end);
     ts_status (*done)(void *context, const ts_record *record);
-    // After every step, with the tokens it read of prompts and the tokens it generated.
-    ts_status (*tick)(void *context, int64_t n_prompt_tokens, int64_t n_generated);
+    // After every step: tokens it read of prompts, tokens it generated, and the most that the requests taken so far can
+    // still ask for of both.
+    ts_status (*tick)(void *context, int64_t n_prompt_tokens, int64_t n_generated, int64_t n_ahead);
 } ts_engine_job;
 
 typedef struct ts_engine ts_engine;

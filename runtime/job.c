@@ -100,7 +100,6 @@ static ts_status read_request(ts_job *job, int timeout_ms, ts_request **out) {
         TS_TRY(ts_job_reader_next_request(job->reader, out, &error, &job->input_ended));
         if (error) {
             TS_TRY(ts_request_error_format(error, &line, &n_bytes));
-            job->progress.n_started++;
             TS_TRY(write_record(job, line, n_bytes, true));
             free(line);
             line = NULL;
@@ -108,7 +107,6 @@ static ts_status read_request(ts_job *job, int timeout_ms, ts_request **out) {
             error = NULL;
         }
     }
-    job->progress.n_started += *out != NULL;
     ts_job_reader_progress(job->reader, &job->progress.n_bytes_read, &job->progress.n_bytes_total);
 done:
     free(line);
@@ -195,11 +193,13 @@ static ts_status root_done(void *context, const ts_record *record) {
     return write_record(job, record->line, record->n_bytes, record->failed);
 }
 
-static ts_status root_tick(void *context, int64_t n_prompt_tokens, int64_t n_generated) {
+static ts_status root_tick(void *context, int64_t n_prompt_tokens, int64_t n_generated, int64_t n_ahead) {
     ts_status status = TS_OK;
     ts_job *job = context;
     job->progress.n_prompt_tokens += n_prompt_tokens;
     job->progress.n_generated += n_generated;
+    job->progress.n_own_tokens += n_prompt_tokens + n_generated;
+    job->progress.n_own_ahead = n_ahead;
     TS_TRY(serve(job, INT64_MAX));
     if (job->options.progress)
         job->options.progress(job->options.context, &job->progress);
@@ -303,7 +303,7 @@ static ts_status remote_done(void *context, const ts_record *record) {
     return post_report(context, &report);
 }
 
-static ts_status remote_tick(void *context, int64_t n_prompt_tokens, int64_t n_generated) {
+static ts_status remote_tick(void *context, int64_t n_prompt_tokens, int64_t n_generated, int64_t n_ahead) {
     return take_messages(context);
 }
 

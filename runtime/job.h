@@ -17,7 +17,7 @@
 typedef struct ts_job_progress {
     int64_t n_done, n_failed;             // records written; failed ones among them
     int64_t n_prompt_tokens, n_generated; // over all replicas; others' are counted when their records come
-    int64_t n_started;                    // requests handed out
+    int64_t n_own_tokens, n_own_ahead;    // rank 0's replica: tokens done, and the most its requests still ask for
     int64_t n_bytes_read, n_bytes_total;  // of the input; total -1 when it cannot be known
 } ts_job_progress;
 

@@ -81,6 +81,16 @@ int64_t ts_scheduler_n_waiting(const ts_scheduler *scheduler) {
     return scheduler->n_waiting;
 }
 
+int64_t ts_scheduler_prompt_tokens_ahead(const ts_scheduler *scheduler) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < scheduler->n_waiting; i++)
+        n += scheduler->waiting[(scheduler->first_waiting + i) % scheduler->capacity].n_prompt;
+    for (int32_t row = 0; row < scheduler->limits.max_sequences; row++)
+        if (scheduler->rows[row].used)
+            n += scheduler->rows[row].task.n_prompt - scheduler->rows[row].n_read;
+    return n;
+}
+
 int32_t ts_scheduler_n_running(const ts_scheduler *scheduler) {
     return scheduler->n_running;
 }

@@ -64,6 +64,8 @@ void ts_scheduler_free(ts_scheduler *scheduler);
 ts_status ts_scheduler_add(ts_scheduler *scheduler, const ts_task *task);
 
 int64_t ts_scheduler_n_waiting(const ts_scheduler *scheduler);
+// Prompt tokens that waiting and running sequences have still to read, further samples counted as if none were copied.
+int64_t ts_scheduler_prompt_tokens_ahead(const ts_scheduler *scheduler);
 int32_t ts_scheduler_n_running(const ts_scheduler *scheduler);
 
 // The next step, or false when no sequence waits or runs.
