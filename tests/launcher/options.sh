@@ -64,6 +64,10 @@ refused 1 'are needed' show --input in
 refused 1 'nofile: cannot open it' show --input nofile --results nofile
 [ ! -e o ] || fail "a refused run left an output"
 
+code=0
+"$tessera" inspect --model $model >/dev/full 2>err || code=$?
+[ $code -eq 1 ] && grep -q 'standard output cannot be written' err || fail "a full disk behind standard output: $code"
+
 done_by 1 inspect --model $model >table
 grep -q '10 of hidden size 256' table || fail "inspect: $(cat table)"
 done_by 1 inspect --model $model --json | tr -d '\n' |

@@ -13,7 +13,7 @@ The sea|"max_tokens":20,"seed":1
 A king|"max_tokens":20,"seed":2,"top_p":0.9,"temperature":0.7
 My dear|"max_tokens":20,"seed":3,"top_k":5,"frequency_penalty":0.5,"repetition_penalty":1.1
 Then|"max_tokens":10,"seed":4,"n":3
-$long$long|"max_tokens":20,"seed":5,"n":4,"logprobs":2,"presence_penalty":0.5
+$long$long|"max_tokens":20,"seed":5,"n":4,"logprobs":2,"presence_penalty":0.5,"repetition_penalty":1.2
 He|"max_tokens":30,"seed":6,"min_p":0.1,"stop":["e ","."]
 She|"max_tokens":10,"seed":7,"min_tokens":5,"stop_token_ids":[32,101],"logit_bias":{"101":4}
 END

@@ -33,6 +33,12 @@ same wide piped "pipes differ from files"
 done_by 1 $run --input /dev/null --output nothing.jsonl
 [ -e nothing.jsonl ] && [ ! -s nothing.jsonl ] || fail "an empty job has records"
 
+# ---- An output that takes nothing
+refused 1 '/dev/full: byte 0: cannot write a record' $run --input requests.jsonl --output /dev/full
+mkfifo pipe
+refused 1 'pipe: is no ordinary file' logits --model "$model" --tokens "$model/golden.safetensors" --output pipe
+[ -p pipe ] || fail "the pipe is gone"
+
 # ---- Bad lines
 around() { echo "{\"custom_id\":\"$1\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{\"model\":\"m\",$2}}"; }
 {
