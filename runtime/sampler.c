@@ -261,12 +261,12 @@ static int64_t draw_in_shard(const ts_sampler_row *row, const float *adjusted, c
     const double target = draw(row) * total_mass(masses, n_rows, n_ranks, scale, &largest);
     int owner = -1;
     for (int r = 0; r < n_ranks; r++) {
-        const double mass = masses[r * n_rows].sum;
+        const double mass = masses[r * n_rows].sum * exp(scale * (masses[r * n_rows].largest - largest));
         if (mass <= 0 || (owner >= 0 && target < end))
             continue;
         owner = r; // the last rank with any mass takes what rounding leaves over
         before = end;
-        end += mass * exp(scale * (masses[r * n_rows].largest - largest));
+        end += mass;
     }
     if (owner != rank)
         return -1;
