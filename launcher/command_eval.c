@@ -96,7 +96,8 @@ static ts_status read_tokens(ts_launch *launch, const char *model, const eval_op
     *tokens = malloc(message.n_bytes + 1);
     TS_TRY(ts_launch_agree(
         launch, *tokens ? TS_OK : TS_FAIL(TS_ERR_MEMORY, "out of memory for %zu bytes of tokens", message.n_bytes)));
-    memcpy(*tokens, message.data, message.n_bytes);
+    if (message.n_bytes > 0)
+        memcpy(*tokens, message.data, message.n_bytes);
     *n_tokens = (int64_t)(message.n_bytes / sizeof **tokens);
 done:
     ts_message_free(&message);

@@ -88,6 +88,7 @@ ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
     TS_TRY(ts_launch_parse(launch, argc, argv, table, usage, &shared, parse_own, &as_json));
     if (shared.help || ts_group_rank(launch->world) != 0)
         goto done;
+    launch->agreed = true; // nobody waits for rank 0
     TS_CHECK(shared.model, TS_ERR_INVALID, "inspect: --model DIR is missing: a directory with config.json and weights");
     TS_TRY(ts_config_load(shared.model, &config));
     TS_TRY(ts_safetensors_open_model(shared.model, &files));

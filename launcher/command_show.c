@@ -85,6 +85,7 @@ ts_status ts_command_show(ts_launch *launch, int argc, char **argv) {
     TS_TRY(ts_launch_parse(launch, argc, argv, table, usage, &shared, parse_own, &options));
     if (shared.help || ts_group_rank(launch->world) != 0)
         goto done;
+    launch->agreed = true; // nobody waits for rank 0
     TS_CHECK(options.input && options.results, TS_ERR_INVALID, "show: --input FILE and --results FILE are needed");
     TS_TRY(read_lines(options.input, requests));
     TS_TRY(read_lines(options.results, records));

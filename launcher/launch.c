@@ -3,6 +3,7 @@
 #include "kernels/cpu/cpu.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -75,6 +76,19 @@ done:
     return status;
 }
 
+// What getopt_long did not take. `argument` is where it stands, except among several letters after one dash.
+static ts_status refuse_option(int option, const char *command, const char *argument) {
+    if (option == ':')
+        return TS_FAIL(TS_ERR_INVALID, "%s: option \"%s\" needs a value; see tessera %s --help", command, argument,
+                       command);
+    if (optopt > UCHAR_MAX)
+        return TS_FAIL(TS_ERR_INVALID, "%s: \"%s\": the option takes no value; see tessera %s --help", command,
+                       argument, command);
+    if (optopt > 0)
+        return TS_FAIL(TS_ERR_INVALID, "%s: \"-%c\" is not an option; see tessera %s --help", command, optopt, command);
+    return TS_FAIL(TS_ERR_INVALID, "%s: \"%s\" is not an option; see tessera %s --help", command, argument, command);
+}
+
 ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct option *table, const char *usage,
                           ts_launch_options *out, ts_status (*own)(void *context, int option, const char *value),
                           void *context) {
@@ -83,10 +97,8 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
     opterr = 0;
     optind = 1;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
-        TS_CHECK(option != '?', TS_ERR_INVALID, "%s: \"%s\" is not an option; see tessera %s --help", argv[0],
-                 argv[optind - 1], argv[0]);
-        TS_CHECK(option != ':', TS_ERR_INVALID, "%s: option \"%s\" needs a value; see tessera %s --help", argv[0],
-                 argv[optind - 1], argv[0]);
+        if (option == '?' || option == ':')
+            TS_TRY(refuse_option(option, argv[0], argv[optind - 1]));
         if (option < TS_OPTION_OWN)
             TS_TRY(parse_shared(option, optarg, out));
         else
@@ -127,9 +139,11 @@ static int default_threads(const ts_group *world) {
 
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
-    launch->agreed = !options->model;
+    launch->agreed = !options->model || (!allow_dp && options->dp > 1);
     TS_CHECK(options->model, TS_ERR_INVALID,
              "--model DIR is missing: a directory with config.json and model.safetensors");
+    TS_CHECK(allow_dp || options->dp <= 1, TS_ERR_INVALID,
+             "--dp is %d; only tessera run has replicas, all ranks of the other commands share one model", options->dp);
     ts_config config;
     const int n_ranks = ts_group_size(launch->world);
     const int n_threads = options->n_threads > 0 ? options->n_threads : default_threads(launch->world);

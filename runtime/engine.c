@@ -179,11 +179,42 @@ done:
     return status;
 }
 
+// Before min_tokens neither end of text nor a stop token may come: something else must be left in the vocabulary.
+static ts_status check_bans(ts_engine *engine, in_flight *job, ts_request_error **error) {
+    ts_status status = TS_OK;
+    const ts_config *config = ts_model_config(engine->model);
+    const ts_sampling_params *params = &job->request->sampling;
+    const int32_t n_eos = params->ignore_eos ? 0 : config->n_eos;
+    int32_t n_left = config->vocab_size;
+    uint8_t *banned = NULL;
+    if (params->min_tokens == 0 || n_eos + params->n_stop_ids < n_left)
+        goto done;
+    banned = calloc((size_t)config->vocab_size, 1);
+    TS_CHECK(banned, TS_ERR_MEMORY, "engine: out of memory");
+    for (int32_t i = 0; i < n_eos + params->n_stop_ids; i++) {
+        const int32_t id = i < n_eos ? config->eos_token_ids[i] : params->stop_ids[i - n_eos];
+        n_left -= !banned[id];
+        banned[id] = 1;
+    }
+    if (n_left == 0)
+        TS_TRY(ts_request_error_create(job->request->line, job->request->custom_id, "stop_token_ids", "invalid_value",
+                                       error,
+                                       "stop_token_ids leave no token that may come before min_tokens %d; at "
+                                       "least 1 of %d must be left",
+                                       params->min_tokens, config->vocab_size));
+done:
+    free(banned);
+    return status;
+}
+
 // What the model and its memory have to say against the request.
 static ts_status check_request(ts_engine *engine, in_flight *job, ts_request_error **error) {
     ts_status status = TS_OK;
     const ts_request *request = job->request;
     TS_TRY(ts_request_check_vocabulary(request, ts_model_config(engine->model)->vocab_size, error));
+    if (*error)
+        goto done;
+    TS_TRY(check_bans(engine, job, error));
     if (*error)
         goto done;
     TS_TRY(read_prompt(engine, job, error));

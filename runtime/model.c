@@ -169,8 +169,12 @@ static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_
     const ts_config *config = &model->config;
     const ts_layer_weights *layer = &model->weights.layers[l];
     const ts_tensor qkvg = ts_tensor_rows(model->act.qkvg, 0, batch->n_rows);
-    TS_TRY(linear(model, batch, h, layer->qkvg, &layer->qkvg_bias, TS_ACTIVATION_NONE, qkvg));
-    if (l == 0 && config->is_sparse && config->sparsity.prune_ratio > 0)
+    const bool prunes = l == 0 && config->is_sparse && config->sparsity.prune_ratio > 0;
+    // Rule 1 counts tiles of strictly smaller importance. Tiles of the same tokens must tie to the last bit, wherever
+    // they stand in a batch, or rounding would decide which of them is kept.
+    TS_TRY(ts_op_linear(model->device, &(ts_linear_args){h, layer->qkvg, &layer->qkvg_bias, qkvg, TS_ACTIVATION_NONE,
+                                                         batch->decode || prunes}));
+    if (prunes)
         TS_TRY(prune_tiles(model, cache, batch, qkvg));
     TS_TRY(ts_op_attention(model->device, &(ts_attention_args){batch, qkvg, ts_tile_cache_layer_at(cache, l),
                                                                config->decay_temperature, config->normalizer_eps, y}));

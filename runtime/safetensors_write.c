@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "runtime/json_strict.h"
@@ -131,7 +132,11 @@ ts_status ts_safetensors_writer_create(const char *path, const ts_tensor_spec *s
                                        ts_safetensors_writer **out) {
     ts_status status = TS_OK;
     char *header = NULL;
+    struct stat old;
     ts_safetensors_writer *writer = calloc(1, sizeof *writer);
+    // The finished file takes the place of what is there, which would be the end of a device or a pipe.
+    TS_CHECK(stat(path, &old) != 0 || S_ISREG(old.st_mode), TS_ERR_INVALID,
+             "%s: is no ordinary file; allowed: a new name, or a file to replace", path);
     TS_CHECK(writer != NULL, TS_ERR_MEMORY, "%s: no memory left for a writer", path);
     writer->fd = -1;
     writer->path = strdup(path);

@@ -32,8 +32,8 @@ typedef struct ts_tensor_spec {
 
 // Creates a temporary file beside `path` and writes the header to it. The data begins at a multiple of 8 bytes; tensors
 // follow each other in the order of the specs without padding, so put the widest dtypes first to keep them aligned.
-// *out is owned: ts_safetensors_writer_free. Errors: TS_ERR_INVALID (a spec; the sentence names it), TS_ERR_IO,
-// TS_ERR_MEMORY.
+// *out is owned: ts_safetensors_writer_free. Errors: TS_ERR_INVALID (a spec; the sentence names it; or `path` is a
+// directory, a device or a pipe), TS_ERR_IO, TS_ERR_MEMORY.
 ts_status ts_safetensors_writer_create(const char *path, const ts_tensor_spec *specs, size_t n_specs,
                                        ts_safetensors_writer **out);
 

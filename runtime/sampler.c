@@ -2,12 +2,14 @@
 
 #include "runtime/philox.h"
 
+#include <assert.h>
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
 // A token of this shard that may still be chosen, or whose log-probability is to be reported.
 typedef struct candidate {
-    double score; // logit after penalties, over temperature
+    double score; // logit after penalties
     double raw;   // the model's logit
     int32_t token;
 } candidate;
@@ -17,7 +19,8 @@ typedef struct row_header {
     int32_t n, n_top;
 } row_header;
 
-// Mass of a shard: largest and the sum of exp(x - largest), of raw logits and of scores.
+// Mass of a shard: largest x and the sum of exp(x - largest), of raw logits and of scores over temperature. Differences
+// are taken before they are divided by the temperature: they are exact where it is tiny.
 typedef struct shard_mass {
     double raw_largest, raw_sum, largest, sum;
 } shard_mass;
@@ -145,14 +148,20 @@ static ts_status grow(void *array_pointer, size_t n, size_t bytes) {
     return TS_OK;
 }
 
-// Everything before temperature. Repetition penalty divides a positive logit and multiplies a negative one.
+// Repetition penalty divides a positive logit and multiplies a negative one. A tiny penalty may make a logit as large
+// as a number can be, but not infinite.
+static float repeated(float logit, float penalty) {
+    return logit > 0 && logit <= FLT_MAX ? fminf(logit / penalty, FLT_MAX) : logit * penalty;
+}
+
+// Everything before temperature.
 static void adjust(const ts_sampler_row *row, const float *logits, float *out) {
     const ts_sampling_params *params = &row->params;
     memcpy(out, logits, (size_t)row->n_tokens * sizeof *out);
     for (int64_t i = 0; row->n_times && i < row->n_tokens; i++) {
         const int32_t times = row->n_times[i];
         if (row->in_prompt && (times > 0 || row->in_prompt[i]))
-            out[i] = out[i] > 0 ? out[i] / params->repetition_penalty : out[i] * params->repetition_penalty;
+            out[i] = repeated(out[i], params->repetition_penalty);
         if (times > 0)
             out[i] -= params->presence_penalty + params->frequency_penalty * (float)times;
     }
@@ -173,15 +182,28 @@ static double score_scale(const ts_sampling_params *params) {
     return params->temperature > 0 ? 1.0 / (double)params->temperature : 1.0;
 }
 
+// A NaN or +infinity in x makes *sum NaN; *sum is 0 where all are -infinity.
 static void mass_of(const float *x, int64_t n, double scale, double *largest, double *sum) {
     float top = -INFINITY;
     for (int64_t i = 0; i < n; i++)
         top = x[i] > top ? x[i] : top;
     double total = 0;
-    for (int64_t i = 0; i < n && top > -INFINITY; i++)
-        total += exp(scale * ((double)x[i] - (double)top));
-    *largest = scale * (double)top;
+    for (int64_t i = 0; i < n; i++)
+        total += x[i] == -INFINITY ? 0 : exp(scale * ((double)x[i] - (double)top));
+    *largest = (double)top;
     *sum = total;
+}
+
+// What the shards weigh together: the sum of exp(scale * (x - *largest)). masses[r * n_rows] is rank r's.
+static double total_mass(const shard_mass *masses, int32_t n_rows, int n_ranks, double scale, double *largest) {
+    double total = 0;
+    *largest = -INFINITY;
+    for (int r = 0; r < n_ranks; r++)
+        *largest = fmax(*largest, masses[r * n_rows].largest);
+    for (int r = 0; r < n_ranks; r++)
+        if (masses[r * n_rows].sum != 0)
+            total += masses[r * n_rows].sum * exp(scale * (masses[r * n_rows].largest - *largest));
+    return total;
 }
 
 // Largest value first; the smaller token on a tie, so that the order is the same however the vocabulary is sharded.
@@ -230,37 +252,36 @@ static double draw(const ts_sampler_row *row) {
     return ts_philox_uniform(row->params.seed, row->request, row->sample, (uint32_t)row->n_generated);
 }
 
-// Without a filter the draw goes over the whole vocabulary in token order: shares of the ranks before this one are
-// known, so at most one rank holds the token.
+// Without a filter the draw goes over the whole vocabulary in token order. Every rank knows what the others weigh, so
+// that they agree on the one whose share the draw falls into; it takes the token, and the others none.
 static int64_t draw_in_shard(const ts_sampler_row *row, const float *adjusted, const shard_mass *masses, int32_t n_rows,
                              int n_ranks, int rank) {
-    double largest = -INFINITY, total = 0, before = 0;
-    for (int r = 0; r < n_ranks; r++)
-        largest = fmax(largest, masses[r * n_rows].largest);
-    int last = 0; // the last rank with any mass takes what rounding leaves over
+    const double scale = score_scale(&row->params);
+    double largest, before = 0, end = 0;
+    const double target = draw(row) * total_mass(masses, n_rows, n_ranks, scale, &largest);
+    int owner = -1;
     for (int r = 0; r < n_ranks; r++) {
-        const double mass = masses[r * n_rows].sum * exp(masses[r * n_rows].largest - largest);
-        if (mass > 0)
-            last = r;
-        if (r < rank)
-            before += mass;
-        total += mass;
+        const double mass = masses[r * n_rows].sum * exp(scale * (masses[r * n_rows].largest - largest));
+        if (mass <= 0 || (owner >= 0 && target < end))
+            continue;
+        owner = r; // the last rank with any mass takes what rounding leaves over
+        before = end;
+        end += mass;
     }
-    const double target = draw(row) * total, scale = score_scale(&row->params);
-    if (rank > 0 && target < before)
+    if (owner != rank)
         return -1;
     int64_t chosen = -1;
     double sum = before;
     for (int64_t i = 0; i < row->n_tokens; i++) {
-        const double mass = exp(scale * (double)adjusted[i] - largest);
+        const double mass = exp(scale * ((double)adjusted[i] - largest));
         if (mass <= 0)
             continue;
         sum += mass;
         chosen = i;
         if (sum > target)
-            return i;
+            break;
     }
-    return rank == last ? chosen : -1;
+    return chosen;
 }
 
 // The candidates of this shard into sorted[]: every token that the filters could leave. `mass` is the whole row's.
@@ -269,35 +290,32 @@ static int64_t shard_candidates(ts_sampler *sampler, const ts_sampler_row *row, 
     const ts_sampling_params *params = &row->params;
     const int n_ranks = ts_group_size(sampler->tp);
     const double scale = score_scale(params);
+    const float *adjusted = sampler->adjusted;
     candidate *out = sampler->sorted;
     int64_t n = 0;
     if (params->temperature > 0 && draws_from_all(params)) {
-        const int64_t i = draw_in_shard(row, sampler->adjusted, masses, n_rows, n_ranks, ts_group_rank(sampler->tp));
+        const int64_t i = draw_in_shard(row, adjusted, masses, n_rows, n_ranks, ts_group_rank(sampler->tp));
         if (i >= 0)
-            out[n++] =
-                (candidate){scale * (double)sampler->adjusted[i], (double)raw[i], (int32_t)(row->first_token + i)};
+            out[n++] = (candidate){(double)adjusted[i], (double)raw[i], (int32_t)(row->first_token + i)};
         return n;
     }
-    double largest = -INFINITY, total = 0;
-    for (int r = 0; r < n_ranks; r++)
-        largest = fmax(largest, masses[r * n_rows].largest);
-    for (int r = 0; r < n_ranks; r++)
-        total += masses[r * n_rows].sum * exp(masses[r * n_rows].largest - largest);
-    // Below this no token can be chosen: min_p says so itself, and all tokens of less than (1 - top_p) / V of the mass
-    // together weigh less than what top_p leaves out.
-    double least = params->min_p > 0 ? largest + log((double)params->min_p) - 1e-9 : -INFINITY;
-    if (params->top_p < 1) {
+    // Tokens so far below the largest cannot be chosen: min_p says so itself, and all tokens of less than (1 - top_p) /
+    // V of the mass together weigh less than what top_p leaves out. With top_k, top_p needs the mass of all that it
+    // left.
+    double largest, least = -INFINITY;
+    const double total = total_mass(masses, n_rows, n_ranks, scale, &largest);
+    if (params->top_k == 0 && params->min_p > 0)
+        least = log((double)params->min_p) - 1e-9;
+    if (params->top_k == 0 && params->top_p < 1) {
         const double vocabulary = (double)row->n_tokens * n_ranks + n_ranks;
-        least = fmax(least, largest + log((1.0 - (double)params->top_p) * total / vocabulary));
+        least = fmax(least, log((1.0 - (double)params->top_p) * total / vocabulary));
     }
     if (params->temperature <= 0)
-        least = largest;
-    least = fmin(least, largest);
-    for (int64_t i = 0; i < row->n_tokens; i++) {
-        const double score = scale * (double)sampler->adjusted[i];
-        if (score >= least && score > -INFINITY)
-            out[n++] = (candidate){score, (double)raw[i], (int32_t)(row->first_token + i)};
-    }
+        least = 0;
+    least = fmin(least, 0);
+    for (int64_t i = 0; i < row->n_tokens; i++)
+        if (adjusted[i] > -INFINITY && scale * ((double)adjusted[i] - largest) >= least)
+            out[n++] = (candidate){(double)adjusted[i], (double)raw[i], (int32_t)(row->first_token + i)};
     const int64_t most = params->temperature <= 0 ? 1 : params->top_k > 0 ? params->top_k : n;
     keep_largest(out, n, most, by_score);
     return n < most ? n : most;
@@ -320,27 +338,25 @@ static candidate pick(const ts_sampler_row *row, candidate *c, int64_t n, const 
     if (params->temperature <= 0 || n <= 1 || draws_from_all(params))
         return c[0];
     // top_p counts over what top_k left, or over the whole vocabulary.
-    const double largest = c[0].score;
-    double total = 0;
+    const double scale = score_scale(params);
+    double largest, total = total_mass(masses, n_rows, n_ranks, scale, &largest);
     if (params->top_k > 0) {
         n = n < params->top_k ? n : params->top_k;
+        total = 0;
         for (int64_t i = 0; i < n; i++)
-            total += exp(c[i].score - largest);
-    } else {
-        for (int r = 0; r < n_ranks; r++)
-            total += masses[r * n_rows].sum * exp(masses[r * n_rows].largest - largest);
+            total += exp(scale * (c[i].score - largest));
     }
     double sum = 0;
     int64_t kept = 0;
     for (; kept < n; kept++) {
-        const double mass = exp(c[kept].score - largest);
+        const double mass = exp(scale * (c[kept].score - largest));
         if (kept > 0 && (sum >= (double)params->top_p * total || mass < (double)params->min_p))
             break;
         sum += mass;
     }
     double target = draw(row) * sum;
     for (int64_t i = 0; i < kept; i++) {
-        target -= exp(c[i].score - largest);
+        target -= exp(scale * (c[i].score - largest));
         if (target < 0)
             return c[i];
     }
@@ -371,6 +387,12 @@ static ts_status share_masses(ts_sampler *sampler, ts_tensor logits, const ts_sa
             mass_of(raw, logits.cols, 1.0, &mine[i].raw_largest, &mine[i].raw_sum);
     }
     TS_TRY(ts_group_all_gather(sampler->tp, mine, (size_t)n * sizeof *mine, sampler->masses));
+    for (int32_t i = 0; i < n; i++) { // every rank sees the same and fails alike
+        double total = 0;
+        for (size_t r = 0; r < n_ranks; r++)
+            total += sampler->masses[r * (size_t)n + (size_t)i].sum;
+        TS_CHECK(total > 0, TS_ERR_INTERNAL, "sampler: no token may follow: logits are NaN or infinite, or all banned");
+    }
 done:
     return status;
 }
@@ -436,7 +458,7 @@ static ts_status merge(ts_sampler *sampler, const ts_sampler_row *const *rows, i
             // The tops stand behind; they are read once all candidates are.
             sampler->cursor[r] += (size_t)headers[r].n_top * sizeof(candidate);
         }
-        TS_CHECK(n_candidates > 0, TS_ERR_INTERNAL, "sampler: no token may follow; the logits are not finite numbers");
+        assert(n_candidates > 0);
         const candidate chosen = pick(rows[i], sampler->merged, (int64_t)n_candidates, masses, n, n_ranks);
         ts_next_token *choice = &choices[i];
         *choice = (ts_next_token){.token = chosen.token};

@@ -63,7 +63,8 @@ void ts_sampler_free(ts_sampler *sampler);
 
 // logits: [n, V] f32 in host memory, overwritten. rows[i] is the sequence of logits row i; several rows may read the
 // same logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices
-// [n] are set at rank 0 of the group. Collective.
+// [n] are set at rank 0 of the group. Collective. Logits may be -infinity; TS_ERR_INTERNAL, on all ranks, where one is
+// NaN or +infinity, or where no token of a row is left.
 ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
                             const int32_t *logit_row, int32_t n, ts_next_token *choices);
 

@@ -130,16 +130,6 @@ static int32_t admit_head(ts_scheduler *scheduler, ts_decision *out, int32_t fro
     return row;
 }
 
-// The next piece of row's prompt, of at most `budget` tokens. Returns its length.
-static int64_t add_prompt_span(ts_scheduler *scheduler, ts_decision *out, int32_t row, int64_t budget) {
-    running *r = &scheduler->rows[row];
-    const int64_t left = r->task.n_prompt - r->n_read, n = left < budget ? left : budget;
-    scheduler->spans[out->n_spans++] = (ts_scheduled_span){r->task.owner, row, r->n_read, (int32_t)n, n == left};
-    r->n_read += n;
-    r->position = r->n_read;
-    return n;
-}
-
 // Further samples of a prompt that has just been read through begin as its copies.
 static void fork_family(ts_scheduler *scheduler, ts_decision *out, int32_t row) {
     const void *family = scheduler->rows[row].task.family;
@@ -147,6 +137,18 @@ static void fork_family(ts_scheduler *scheduler, ts_decision *out, int32_t row) 
         running *copy = &scheduler->rows[admit_head(scheduler, out, row)];
         copy->n_read = copy->position = copy->task.n_prompt;
     }
+}
+
+// The next piece of row's prompt, of at most `budget` tokens. Returns its length.
+static int64_t add_prompt_span(ts_scheduler *scheduler, ts_decision *out, int32_t row, int64_t budget) {
+    running *r = &scheduler->rows[row];
+    const int64_t left = r->task.n_prompt - r->n_read, n = left < budget ? left : budget;
+    scheduler->spans[out->n_spans++] = (ts_scheduled_span){r->task.owner, row, r->n_read, (int32_t)n, n == left};
+    r->n_read += n;
+    r->position = r->n_read;
+    if (n == left) // the row holds the whole prompt after this step
+        fork_family(scheduler, out, row);
+    return n;
 }
 
 // Rows in the order of their admission.
@@ -174,12 +176,8 @@ bool ts_scheduler_next(ts_scheduler *scheduler, ts_decision *out) {
     while (budget > 0 && out->n_spans < scheduler->limits.max_prefill_spans && head_fits(scheduler) &&
            !head_may_copy_soon(scheduler))
         budget -= add_prompt_span(scheduler, out, admit_head(scheduler, out, -1), budget);
-    if (out->n_spans > 0) {
-        for (int32_t i = 0; i < out->n_spans; i++)
-            if (scheduler->spans[i].completes) // its row holds the whole prompt after this step
-                fork_family(scheduler, out, scheduler->spans[i].row);
+    if (out->n_spans > 0)
         return true;
-    }
     for (int32_t i = 0; i < n; i++) {
         running *r = &scheduler->rows[scheduler->order[i]];
         scheduler->spans[out->n_spans++] =

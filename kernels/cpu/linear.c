@@ -9,7 +9,9 @@
 #include <cblas.h>
 
 enum {
-    BLAS_MIN_ROWS = 32,               // fewer rows: our kernel
+    BLAS_MIN_ROWS = 32, // fewer rows: our kernel
+    BLAS_ROWS = 256,    // the block of y that one call of OpenBLAS makes
+    BLAS_COLUMNS = 512,
     PANEL_VECS = TS_PANEL / TS_LANES, // vectors of one panel
     // Rows of x times panels whose sums are kept in registers together.
     BLOCK_ROWS = TS_LANES == 16  ? 8
@@ -165,8 +167,20 @@ static ts_status linear_by_blas(ts_device *device, const ts_linear_args *args, i
             widen_panel(w, p, TS_F32, wide, stride);
         }
     }
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)x->rows, (blasint)w->rows, (blasint)x->cols, 1.0f,
-                x->data, (blasint)x->stride, wide, (blasint)stride, 0.0f, y->data, (blasint)y->stride);
+    // Blocks of a fixed size, each by one thread: the bits do not depend on how many threads there are (I4).
+    const int64_t n_row_blocks = (x->rows + BLAS_ROWS - 1) / BLAS_ROWS;
+    const int64_t n_column_blocks = (w->rows + BLAS_COLUMNS - 1) / BLAS_COLUMNS;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(n_threads)
+    for (int64_t i = 0; i < n_row_blocks; i++)
+        for (int64_t j = 0; j < n_column_blocks; j++) {
+            const int64_t row = i * BLAS_ROWS, column = j * BLAS_COLUMNS;
+            const int64_t n_rows = x->rows - row < BLAS_ROWS ? x->rows - row : BLAS_ROWS;
+            const int64_t n_columns = w->rows - column < BLAS_COLUMNS ? w->rows - column : BLAS_COLUMNS;
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (blasint)n_rows, (blasint)n_columns,
+                        (blasint)x->cols, 1.0f, (const float *)x->data + row * x->stride, (blasint)x->stride,
+                        (const float *)wide + column, (blasint)stride, 0.0f,
+                        (float *)y->data + row * y->stride + column, (blasint)y->stride);
+        }
     if (args->bias || args->activation != TS_ACTIVATION_NONE) {
 #pragma omp parallel for schedule(static) num_threads(n_threads)
         for (int64_t i = 0; i < y->rows; i++)

@@ -3,6 +3,7 @@
 #include <criterion/criterion.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include "runtime/safetensors.h"
 #include "tests/runtime/scratch.h"
@@ -101,8 +102,11 @@ Test(safetensors_writer, counts_the_bytes_and_cleans_up) {
     ts_safetensors_writer_free(NULL);
     cr_expect_eq(access(path, R_OK), 0);
 
-    cr_assert_eq(ts_safetensors_writer_create(s.dir, &spec, 1, &w), TS_OK); // only the rename can tell
+    char late[300]; // a directory that comes while the file is written: only the rename can tell
+    snprintf(late, sizeof late, "%s/late", s.dir);
+    cr_assert_eq(ts_safetensors_writer_create(late, &spec, 1, &w), TS_OK);
     cr_assert_eq(ts_safetensors_writer_append(w, "abcd", 4), TS_OK);
+    cr_assert_eq(mkdir(late, 0700), 0);
     cr_expect_eq(ts_safetensors_writer_finish(w), TS_ERR_IO);
     cr_expect_eq(ts_safetensors_writer_finish(w), TS_ERR_IO);
     ts_safetensors_writer_free(w);
@@ -166,5 +170,24 @@ Test(safetensors_writer, a_full_disk_is_an_error_and_stays_one) {
     ts_safetensors_writer_free(w);
     free(block);
     cr_expect_eq(scratch_count_files(&s), 0);
+    scratch_remove(&s);
+}
+
+// To put the finished file in the place of a device or a pipe would remove it.
+Test(safetensors_writer, leaves_alone_what_is_no_ordinary_file) {
+    const scratch s = scratch_create();
+    char path[300];
+    struct stat after;
+    ts_safetensors_writer *w = NULL;
+    snprintf(path, sizeof path, "%s/pipe", s.dir);
+    cr_assert_eq(mkfifo(path, 0600), 0);
+    const char *const paths[] = {path, s.dir};
+    for (int i = 0; i < 2; i++) {
+        cr_expect_eq(ts_safetensors_writer_create(paths[i], NULL, 0, &w), TS_ERR_INVALID);
+        cr_expect_null(w);
+        cr_expect_not_null(strstr(ts_status_message(), "is no ordinary file"), "%s", ts_status_message());
+    }
+    cr_expect(stat(path, &after) == 0 && S_ISFIFO(after.st_mode));
+    cr_expect_eq(scratch_count_files(&s), 1);
     scratch_remove(&s);
 }
