@@ -112,6 +112,59 @@ static ts_status keep(void *context, int64_t first, int64_t n) {
     return status;
 }
 
+// All logits of `n` tokens on a device of n_threads.
+static float *logits_of(const char *directory, int n_threads, const int32_t *tokens, int64_t n, ts_feed_options options,
+                        int64_t *vocab_size, ts_feed_counts *counts) {
+    golden_case golden = golden_open(directory, n_threads);
+    *vocab_size = golden.vocab_size;
+    logit_store store = {&golden, malloc((size_t)(n * golden.vocab_size) * sizeof(float))};
+    MUST(ts_feed_tokens(golden.device, golden.self, golden.model, tokens ? tokens : golden.tokens, n, options, keep,
+                        &store, counts));
+    golden_close(&golden);
+    return store.logits;
+}
+
+Test(invariants, threads_do_not_matter) {
+    const char *directory = TS_SOURCE_DIR "/tests/golden/gqa_swiglu_tied";
+    enum { N = 700 };
+    int64_t V;
+    ts_feed_counts counts;
+    float *one = logits_of(directory, 1, NULL, N, (ts_feed_options){600, false}, &V, &counts);
+    for (int n_threads = 2; n_threads <= 5; n_threads++) {
+        float *more = logits_of(directory, n_threads, NULL, N, (ts_feed_options){600, false}, &V, &counts);
+        cr_expect_arr_eq(one, more, (size_t)(N * V) * sizeof *one, "logits of 1 and %d threads differ", n_threads);
+        free(more);
+    }
+    free(one);
+}
+
+// A text that repeats itself has tiles of equal importance. Rule 1 counts the strictly smaller, so they must tie
+// exactly in every form, or rounding would choose among them.
+Test(invariants, tiles_of_the_same_tokens_tie) {
+    const char *directory = TS_SOURCE_DIR "/tests/golden/edge_sparsity";
+    enum { N = 1500, PERIOD = 3 * 64 };
+    static const ts_feed_options runs[] = {{1 << 20, false}, {100, false}, {37, false}, {1, true}};
+    int32_t tokens[N];
+    int64_t V;
+    ts_feed_counts first_counts, counts;
+    for (int i = 0; i < N; i++)
+        tokens[i] = (i % PERIOD * 7 + 3) % 83;
+    float *first = logits_of(directory, 2, tokens, N, runs[0], &V, &first_counts);
+    for (size_t r = 1; r < sizeof runs / sizeof *runs; r++) {
+        float *other = logits_of(directory, 2, tokens, N, runs[r], &V, &counts);
+        double error = 0, norm = 0;
+        for (int64_t i = 0; i < N * V; i++) {
+            error += pow((double)first[i] - (double)other[i], 2);
+            norm += pow((double)first[i], 2);
+        }
+        cr_expect(sqrt(error / norm) <= 1e-5, "chunk %lld: relative difference %.2e", (long long)runs[r].chunk,
+                  sqrt(error / norm));
+        cr_expect_eq(counts.pairs_selected, first_counts.pairs_selected);
+        free(other);
+    }
+    free(first);
+}
+
 Test(invariants, tile_form_without_sparsity_is_the_dense_form) {
     golden_case tiles = golden_open(TS_SOURCE_DIR "/tests/golden/weak_decay_no_skip", 2);
     golden_case dense = golden_open(TS_SOURCE_DIR "/tests/golden/weak_decay_dense", 2);
