@@ -137,6 +137,16 @@ static int default_threads(const ts_group *world) {
     return n > 1 ? (int)n : 1;
 }
 
+// Without --tp: what --dp leaves or, without that either, the most ranks that can share the model, in replicas.
+static int default_tp(const ts_config *config, int n_ranks, int dp) {
+    if (dp > 0)
+        return n_ranks % dp == 0 ? n_ranks / dp : n_ranks;
+    int tp = n_ranks;
+    while (n_ranks % tp != 0 || config->n_kv_heads % tp != 0 || config->intermediate_size % tp != 0)
+        tp--;
+    return tp;
+}
+
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
     launch->agreed = !options->model || (!allow_dp && options->dp > 1);
@@ -150,7 +160,7 @@ ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, b
     ts_grid_shape shape = {allow_dp ? options->dp : 1, 1, options->tp};
     TS_TRY(ts_launch_agree(launch, ts_config_load(options->model, &config)));
     if (shape.tp == 0)
-        shape.tp = shape.dp > 0 && n_ranks % shape.dp == 0 ? n_ranks / shape.dp : n_ranks;
+        shape.tp = default_tp(&config, n_ranks, shape.dp);
     TS_TRY(ts_launch_agree(launch, ts_grid_resolve(shape, n_ranks, &shape)));
     const ts_grid_limits limits = {
         .n_kv_heads = config.n_kv_heads,

@@ -50,8 +50,7 @@ enum {
 // What --help says of them.
 #define TS_LAUNCH_HELP                                                                                                 \
     "  --model DIR          directory with config.json and model.safetensors (or its index)\n"                         \
-    "  --tp N               ranks that share one model: heads, mlp and vocabulary (default: all, or what --dp "        \
-    "leaves)\n"                                                                                                        \
+    "  --tp N               ranks that share a model: heads, mlp, vocabulary (default: as many as can)\n"              \
     "  --threads N          threads of each rank (default: its share of the processors)\n"                             \
     "  --prefill-chunk N    prompt tokens read in one step (default 1024)\n"                                           \
     "  --device cpu         where to compute (this build has: cpu)\n"                                                  \
