@@ -38,6 +38,11 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
     a->holes = carve(&at, n_slots * sizeof *a->holes);
     a->joining_keys = carve(&at, (n_closed + n_spans * (size_t)a->n_lead) * sizeof *a->joining_keys);
+    const size_t n_lists = a->cache.is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
+    const size_t n_listed = n_lists * (size_t)a->list_stride;
+    a->list_at = carve(&at, n_listed * sizeof *a->list_at);
+    a->list_weights = carve(&at, n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
+    a->list_lengths = carve(&at, n_lists * sizeof *a->list_lengths);
     return (size_t)(at - memory);
 }
 
@@ -57,6 +62,7 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_clo
         a->most_events = events > a->most_events ? events : a->most_events;
     }
     a->n_lead = most_lead < a->cache.sparsity.recent_tiles ? (int32_t)most_lead : a->cache.sparsity.recent_tiles;
+    a->list_stride = a->cache.page_table_stride + a->most_events;
     const size_t pieces_bytes = ts_cuda_pieces_bytes(&a->pieces);
     TS_TRY(ts_cuda_device_scratch(device, pieces_bytes + place(a, NULL), &scratch));
     place(a, (char *)scratch + pieces_bytes);

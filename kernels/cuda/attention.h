@@ -21,24 +21,28 @@ typedef struct ts_cuda_attention {
     float normalizer_eps;
     bool is_appended; // the tokens stand in the open tile and in query_sum already (decode)
 
-    double *c;            // [KV, n_rows] eq. (5)
-    float *gate;          // [KV, n_rows] eq. (2)
-    float *query_sums;    // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
-    void *tile_states;    // [n_closed, KV, d, d] S_t of the slots' dtype; f32 in dense form
-    float *tile_masses;   // [n_closed, KV, d] z_t
-    double *tile_decays;  // [KV, n_closed] c_last
-    double *tile_sums;    // [KV, n_closed] sum of z_t
-    double *tile_ends;    // [KV, n_closed] E_t
-    float *next_states;   // [n_closed, KV, d, d] S^ of the tile that follows
-    float *next_masses;   // [n_closed, KV, d]
-    double *tile_keys;    // [KV, n_closed], and below: sparse form only
-    int32_t *tile_deaths; // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
-    int32_t *tile_slots;  // [KV, n_closed] slot it is stored in; -1: none
-    int32_t *held_deaths; // [n_spans, KV, page_table_stride] the same of the tiles held before the batch
-    int32_t *holes;       // [n_spans, KV, page_table_stride] slots that those leave
-    double *joining_keys; // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
-    int32_t n_lead;       // of these, how many of a span precede its first event
-    int64_t most_events;  // of any span
+    double *c;             // [KV, n_rows] eq. (5)
+    float *gate;           // [KV, n_rows] eq. (2)
+    float *query_sums;     // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
+    void *tile_states;     // [n_closed, KV, d, d] S_t of the slots' dtype; f32 in dense form
+    float *tile_masses;    // [n_closed, KV, d] z_t
+    double *tile_decays;   // [KV, n_closed] c_last
+    double *tile_sums;     // [KV, n_closed] sum of z_t
+    double *tile_ends;     // [KV, n_closed] E_t
+    float *next_states;    // [n_closed, KV, d, d] S^ of the tile that follows
+    float *next_masses;    // [n_closed, KV, d]
+    double *tile_keys;     // [KV, n_closed], and below: sparse form only
+    int32_t *tile_deaths;  // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
+    int32_t *tile_slots;   // [KV, n_closed] slot it is stored in; -1: none
+    int32_t *held_deaths;  // [n_spans, KV, page_table_stride] the same of the tiles held before the batch
+    int32_t *holes;        // [n_spans, KV, page_table_stride] slots that those leave
+    double *joining_keys;  // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
+    int64_t *list_at;      // [n_groups, KV, list_stride] tiles that a group of events selects: page, or ~index
+    float *list_weights;   // [n_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where the event selects it, else 0
+    int32_t *list_lengths; // [n_groups, KV]
+    int64_t list_stride;
+    int32_t n_lead;      // of joining_keys, how many of a span precede its first event
+    int64_t most_events; // of any span
 } ts_cuda_attention;
 
 // Features, decay, query sums; tokens that continue an open tile are appended to it; eq. (7) for tiles that complete.

@@ -1,6 +1,10 @@
 // First pass of prefill, one block a piece and KV head: what depends on the piece's own tokens alone. Decay is summed
-// in f64; the state of a tile that completes is a [d, T] by [T, d] product accumulated in f32.
+// in f64; the state of a tile that completes is a [d, T] by [T, d] product accumulated in f32, of BF16 operands where
+// the activations are BF16. z is summed from k^ before that rounding.
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -25,13 +29,110 @@ __device__ double scan_tile(double x, double *totals) {
     return x;
 }
 
+// S = sum over keys of reach k^ v^T, both staged as f32; adds the keys that this thread stages to *mass.
+template <typename A, typename S, int D>
+__device__ void plain_state(const ts::tile_keys<A, D> &tile, int T, const float *reach_of, float *keys, S *state,
+                            float4 *mass) {
+    float *values = keys + kChunk * D; // [kChunk, D] each
+    const int tid = threadIdx.x;
+    constexpr int R = D / 64; // a thread's 4 x 4 blocks lie 64 rows and columns apart
+    const int ty = tid / 16 * 4, tx = tid % 16 * 4;
+    float acc[R][R][4][4] = {};
+    for (int m0 = 0; m0 < T; m0 += kChunk) {
+        __syncthreads();
+        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
+            const int m = i / (D / 4), e = i % (D / 4) * 4;
+            const float reach = reach_of[m0 + m];
+            float4 k = tile.key(m0 + m, e);
+            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
+            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
+            ts::store4(keys + m * D + e, k);
+            ts::store4(values + m * D + e, tile.value(m0 + m, e));
+        }
+        __syncthreads();
+        for (int m = 0; m < kChunk; m++) {
+            float4 k[R], v[R];
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                k[r] = ts::load4(keys + m * D + r * 64 + ty);
+                v[r] = ts::load4(values + m * D + r * 64 + tx);
+            }
+#pragma unroll
+            for (int r = 0; r < R; r++)
+#pragma unroll
+                for (int q = 0; q < R; q++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float x = i == 0 ? k[r].x : i == 1 ? k[r].y : i == 2 ? k[r].z : k[r].w;
+                        acc[r][q][i][0] += x * v[q].x;
+                        acc[r][q][i][1] += x * v[q].y;
+                        acc[r][q][i][2] += x * v[q].z;
+                        acc[r][q][i][3] += x * v[q].w;
+                    }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int q = 0; q < R; q++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                ts::store4(state + (r * 64 + ty + i) * D + q * 64 + tx,
+                           make_float4(acc[r][q][i][0], acc[r][q][i][1], acc[r][q][i][2], acc[r][q][i][3]));
+}
+
+// The same through the matrix units: a warp computes 16 rows of S and D / kSplit of its columns.
+template <typename S, int D>
+__device__ void matrix_state(const ts::tile_keys<ts::bf16, D> &tile, int T, const float *reach_of, ts::bf16 *keys,
+                             S *state, float4 *mass) {
+    constexpr int L = D + 8, kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+    ts::bf16 *values = keys + kChunk * L;
+    const int tid = threadIdx.x, lane = tid % 32, row = tid / 32 % (D / 16) * 16,
+              column = tid / 32 / (D / 16) * kColumns;
+    float acc[kColumns / 8][4] = {};
+    for (int m0 = 0; m0 < T; m0 += kChunk) {
+        __syncthreads();
+#pragma unroll 4
+        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
+            const int m = i / (D / 4), e = i % (D / 4) * 4;
+            const float reach = reach_of[m0 + m];
+            float4 k = tile.key(m0 + m, e);
+            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
+            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
+            ts::store4(keys + m * L + e, k);
+            ts::store4(values + m * L + e, tile.value(m0 + m, e));
+        }
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < kChunk; m += 16) {
+            uint32_t k[4];
+            ts::load_a_transposed(k, keys, L, row, m);
+#pragma unroll
+            for (int n = 0; n < kColumns / 16; n++) {
+                uint32_t v[4];
+                ts::load_b(v, values, L, m, column + 16 * n);
+                ts::multiply_add(acc[2 * n], k, v[0], v[1]);
+                ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n++) {
+        S *out = state + (row + lane / 4) * D + column + 8 * n + lane % 4 * 2;
+        ts::store(out, acc[n][0]);
+        ts::store(out + 1, acc[n][1]);
+        ts::store(out + 8 * D, acc[n][2]);
+        ts::store(out + 8 * D + 1, acc[n][3]);
+    }
+}
+
 template <typename A, typename S, int D>
 __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
     extern __shared__ float4 stage[];
-    float *keys = (float *)stage, *values = keys + kChunk * D; // [kChunk, D] each
+    constexpr bool kMatrix = std::is_same<A, ts::bf16>::value;
+    __shared__ float reach_of[kMaxTile];
     __shared__ double c_of[kMaxTile], totals[kThreads / 32];
     __shared__ float gate_of[kMaxTile];
-    __shared__ float query_parts[kThreads];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads, T = a.cache.tile_size;
     const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
     const int64_t head = ts::head_of(a, piece.sequence, j), open = head * T;
@@ -59,20 +160,24 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
             a.c[j * a.n_rows + piece.row + tid] = c;
             a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
         }
-        float sum = 0;
-        for (int i = tid / D; i < piece.n_tokens; i += kThreads / D) {
-            const A *q = ts::row_of<A, D>(a, piece.row + i).q + j * group * D + tid % D;
-            for (int h = 0; h < group; h++)
-                sum += ts::elu1(ts::load(q + h * D));
+        constexpr int kVectors = D / 4, kShares = kThreads / kVectors;
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int i = tid / kVectors; i < piece.n_tokens; i += kShares) {
+            const A *q = ts::row_of<A, D>(a, piece.row + i).q + j * group * D + tid % kVectors * 4;
+            for (int h = 0; h < group; h++) {
+                const float4 x = ts::load4(q + h * D);
+                sum.x += ts::elu1(x.x), sum.y += ts::elu1(x.y), sum.z += ts::elu1(x.z), sum.w += ts::elu1(x.w);
+            }
         }
-        query_parts[tid] = sum;
+        stage[tid] = sum;
         __syncthreads();
         if (tid < D) {
-            for (int part = 1; part < kThreads / D; part++)
-                sum += query_parts[part * D + tid];
+            float all = 0;
+            for (int share = 0; share < kShares; share++)
+                all += ((const float *)stage)[share * D + tid];
             if (piece.first > 0)
-                sum += a.cache.query_sum[head * D + tid];
-            query_sum[tid] = mean * sum;
+                all += a.cache.query_sum[head * D + tid];
+            query_sum[tid] = mean * all;
         }
         if (piece.first > 0) {
             for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
@@ -91,55 +196,25 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
 
     const ts::tile_keys<A, D> tile(a, piece, j);
     const double c_last = tile.c[T - 1];
-    constexpr int R = D / 64; // a thread's 4 x 4 blocks lie 64 rows and columns apart
-    const int ty = tid / 16 * 4, tx = tid % 16 * 4;
-    float acc[R][R][4][4] = {};
-    double mass = 0;
-    for (int m0 = 0; m0 < T; m0 += kChunk) {
-        __syncthreads();
-        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
-            const int m = i / (D / 4), e = i % (D / 4) * 4;
-            const float reach = ts::reach_of(c_last - tile.c[m0 + m]);
-            float4 k = tile.key(m0 + m, e);
-            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
-            ts::store4(keys + m * D + e, k);
-            ts::store4(values + m * D + e, tile.value(m0 + m, e));
-        }
-        __syncthreads();
-        if (tid < D)
-            for (int m = 0; m < kChunk; m++)
-                mass += (double)keys[m * D + tid];
-        for (int m = 0; m < kChunk; m++) {
-            float4 k[R], v[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                k[r] = ts::load4(keys + m * D + r * 64 + ty);
-                v[r] = ts::load4(values + m * D + r * 64 + tx);
-            }
-#pragma unroll
-            for (int r = 0; r < R; r++)
-#pragma unroll
-                for (int q = 0; q < R; q++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float x = i == 0 ? k[r].x : i == 1 ? k[r].y : i == 2 ? k[r].z : k[r].w;
-                        acc[r][q][i][0] += x * v[q].x;
-                        acc[r][q][i][1] += x * v[q].y;
-                        acc[r][q][i][2] += x * v[q].z;
-                        acc[r][q][i][3] += x * v[q].w;
-                    }
-        }
-    }
+    if (tid < T)
+        reach_of[tid] = ts::reach_of(c_last - tile.c[tid]);
     const int64_t at = piece.closed * n_kv + j;
     S *state = (S *)a.tile_states + at * D * D;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int q = 0; q < R; q++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                ts::store4(state + (r * 64 + ty + i) * D + q * 64 + tx,
-                           make_float4(acc[r][q][i][0], acc[r][q][i][1], acc[r][q][i][2], acc[r][q][i][3]));
+    float4 mass4 = make_float4(0, 0, 0, 0);
+    if constexpr (kMatrix)
+        matrix_state<S, D>(tile, T, reach_of, (ts::bf16 *)stage, state, &mass4);
+    else
+        plain_state<A, S, D>(tile, T, reach_of, (float *)stage, state, &mass4);
+    // A thread has staged columns 4 (tid % (D / 4)) + {0 .. 3} of every kThreads / (D / 4)-th key.
+    __syncthreads();
+    constexpr int kShares = kThreads / (D / 4);
+    float4 *shares = stage;
+    shares[tid] = mass4;
+    __syncthreads();
+    double mass = 0;
+    if (tid < D)
+        for (int i = 0; i < kShares; i++)
+            mass += (double)((const float *)shares)[i * D + tid];
     if (tid < D)
         a.tile_masses[at * D + tid] = (float)mass;
     const double sum = ts::block_sum(tid < D ? (double)(float)mass : 0.0, totals);
@@ -150,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
 }
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    const int bytes = 2 * kChunk * D * (int)sizeof(float);
+    const int bytes = 2 * kChunk * (std::is_same<A, float>::value ? D * (int)sizeof(float) : (D + 8) * (int)sizeof(A));
     (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     tiles_kernel<A, S, D>
         <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Pinned buffers that uploads and downloads pass through, one chunk each, in turn.
-enum { TS_CUDA_N_STAGES = 8, TS_CUDA_STAGE_BYTES = 1 << 20, TS_CUDA_BLAS_BYTES = 4 << 20 };
+enum { TS_CUDA_N_STAGES = 8, TS_CUDA_STAGE_BYTES = 1 << 20, TS_CUDA_BLAS_BYTES = 32 << 20 };
 
 typedef struct ts_cuda_linear_plan ts_cuda_linear_plan;
 

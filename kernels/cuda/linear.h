@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-// What an algorithm is chosen by. The number of rows is not part of it: one algorithm whatever the batch, and none
-// that splits K, so that a row is summed in one order in every batch (I3).
+// What an algorithm is chosen by. The number of rows is not part of it: one algorithm whatever the batch, with one way
+// of splitting K, so that a row is summed in one order in every batch (I3).
 typedef struct ts_cuda_linear_key {
     int64_t n, k, x_stride, w_stride, y_stride;
     int32_t x_dtype, y_dtype, epilogue;

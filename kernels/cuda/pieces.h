@@ -9,6 +9,8 @@
 extern "C" {
 #endif
 
+enum { TS_CUDA_GROUP = 16 };
+
 typedef struct ts_cuda_piece {
     int32_t span, sequence;
     int32_t n_tokens, first; // first: its place in the tile, 0 or the tokens already open
@@ -20,11 +22,12 @@ typedef struct ts_cuda_piece {
 
 typedef struct ts_cuda_pieces {
     int32_t n_spans;
-    int64_t n_pieces, n_closed;
+    int64_t n_pieces, n_closed, n_groups;
     ts_cuda_piece *at;      // [n_pieces]
     int64_t *begin;         // [n_spans + 1] first piece of each span
     int64_t *closed_begin;  // [n_spans + 1] first completed tile of each span
     int64_t *closed_pieces; // [n_closed] the piece that completes each
+    int64_t *group_begin;   // [n_spans + 1] completed tiles of a span in groups of up to TS_CUDA_GROUP: first group
 } ts_cuda_pieces;
 
 // Counts the pieces of a batch, on the host. only_closing: of spans whose last token completes a tile, that token

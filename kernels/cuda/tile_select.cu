@@ -1,7 +1,13 @@
-// Rule 3 and eq. (8): for every event of a batch, scores of the held tiles, selection, and the selected state, one
-// block an event and KV head. Candidates pass in chunks: nothing that grows with the context is kept, so where there
-// are several chunks the scores are computed twice, once for their sum and once to compare. Bound by reading the
-// selected states, mostly from L2.
+// Rule 3 and eq. (8) for every event of a batch, in groups of neighbouring events of a span, since those hold and
+// select mostly the same tiles.
+//
+// choose_kernel, one block a group and KV head: scores of the tiles held at any event of the group, 256 candidates at a
+// time, and the weights of those that any event selects, in a list. Candidates are never all kept, so their scores are
+// computed twice: once for their sum, once to compare. Bound by f32 arithmetic.
+//
+// sum_kernel: S^ of a group's events as weighted sums over the list, each state read once for all of them. Bound by
+// reading states from L2. Where an event does not select a tile it adds zero, which changes no bit: an event's sum does
+// not depend on its neighbours.
 //
 // In dense form eq. (8) is a recurrence over the events of a span, one thread for four elements of the state.
 #include "kernels/cuda/attention.cuh"
@@ -9,16 +15,38 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kGroup = TS_CUDA_GROUP;
 
-// A chunk of candidates, packed to those that are held at the event.
-struct chunk {
-    int64_t at[kThreads]; // page; or ~index of a tile of the batch
-    int64_t tile[kThreads];
-    float reach[kThreads];
-    double score[kThreads];
-    int counts[kWarps];
+struct event_group {
+    int span, n_events, n_held;
+    int64_t first, first_closed, first_tile; // its first event within the span; event 0 of the span; its tile
+    int32_t sequence;
+    int64_t held_at; // of held_deaths
 };
 
+__device__ event_group group_of(const ts_cuda_attention &a, int64_t group, int j) {
+    int low = 0, high = a.pieces.n_spans;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (a.pieces.group_begin[middle] <= group)
+            low = middle;
+        else
+            high = middle;
+    }
+    event_group out;
+    out.span = low;
+    out.first = (group - a.pieces.group_begin[low]) * kGroup;
+    out.first_closed = a.pieces.closed_begin[low];
+    const int64_t left = a.pieces.closed_begin[low + 1] - out.first_closed - out.first;
+    out.n_events = (int)(left < kGroup ? left : kGroup);
+    out.first_tile = ts::first_tile_of(a, low);
+    out.sequence = a.spans[low].sequence;
+    out.n_held = a.cache.n_held[ts::head_of(a, out.sequence, j)];
+    out.held_at = ((int64_t)low * a.cache.n_kv_heads + j) * a.cache.page_table_stride;
+    return out;
+}
+
+// This thread's rank among those of the block with `mine`, and their number.
 __device__ int rank_in_block(bool mine, int *counts, int *total) {
     const unsigned votes = __ballot_sync(~0u, mine);
     const int warp = threadIdx.x / 32;
@@ -35,150 +63,212 @@ __device__ int rank_in_block(bool mine, int *counts, int *total) {
     return before;
 }
 
-struct event {
-    int span, j, n_held;
-    int64_t index, first, first_tile; // event within the span; its span's first completed tile in the batch; its tile
-    int64_t held_at;                  // of held_deaths
-    int32_t sequence;
-    double end; // E
+// A candidate of a group: where it lies, and the events at which it is held.
+struct candidate {
+    int64_t at, tile; // at: page, or ~index of a tile of the batch
+    double end;
+    unsigned held; // bit g: event g of the group
 };
 
-// Fills the chunk with the candidates [first, first + kThreads) that are held at the event, and their scores. Returns
-// how many. mean_query is in shared memory.
-template <int D>
-__device__ int score_chunk(const ts_cuda_attention &a, const event &now, int64_t first, const float *mean_query,
-                           chunk *out) {
-    const int64_t i = first + threadIdx.x;
-    int64_t at = 0, tile = 0;
-    double end = 0;
-    bool held = false;
-    if (i < now.n_held) {
-        held = a.held_deaths[now.held_at + i] > now.index;
-        if (held) {
-            at = ts::page_of(a, now.sequence, now.j, i);
-            tile = a.cache.slot_tile[at];
-            end = a.cache.slot_decay_end[at];
+__device__ candidate candidate_of(const ts_cuda_attention &a, const event_group &group, int j, int64_t i) {
+    candidate out = {0, 0, 0, 0};
+    int64_t born = 0, death;
+    if (i < group.n_held) {
+        death = a.held_deaths[group.held_at + i];
+        if (death > group.first) {
+            out.at = ts::page_of(a, group.sequence, j, i);
+            out.tile = a.cache.slot_tile[out.at];
+            out.end = a.cache.slot_decay_end[out.at];
         }
-    } else if (i <= now.n_held + now.index) {
-        const int64_t closed = now.first + i - now.n_held, by_head = now.j * a.pieces.n_closed + closed;
-        held = a.tile_deaths[by_head] > now.index;
-        if (held) {
-            at = ~closed;
-            tile = now.first_tile + i - now.n_held;
-            end = a.tile_ends[by_head];
-        }
+    } else {
+        born = i - group.n_held;
+        if (born >= group.first + group.n_events)
+            return out;
+        const int64_t closed = group.first_closed + born, by_head = j * a.pieces.n_closed + closed;
+        death = a.tile_deaths[by_head];
+        out.at = ~closed;
+        out.tile = group.first_tile + born;
+        out.end = a.tile_ends[by_head];
     }
-    int n;
-    const int rank = rank_in_block(held, out->counts, &n);
-    if (held) {
-        out->at[rank] = at;
-        out->tile[rank] = tile;
-        out->reach[rank] = ts::reach_of(now.end - end);
-    }
-    __syncthreads();
-    for (int k = threadIdx.x / 32; k < n; k += kWarps) {
-        const float reach = out->reach[k];
-        float dot = 0;
-        if (reach > 0.0f) {
-            const int64_t from = out->at[k];
-            const float *mass =
-                from >= 0 ? a.cache.slot_mass + from * D : a.tile_masses + (~from * a.cache.n_kv_heads + now.j) * D;
-            for (int e = threadIdx.x % 32; e < D; e += 32)
-                dot += mean_query[e] * mass[e];
-            dot = ts::warp_sum(dot);
-        }
-        if (threadIdx.x % 32 == 0)
-            out->score[k] = (double)reach * (double)dot;
-    }
-    __syncthreads();
-    return n;
+    for (int g = 0; g < group.n_events; g++)
+        out.held |= (born <= group.first + g && group.first + g < death ? 1u : 0u) << g;
+    return out;
 }
 
-template <typename A, typename S, int D>
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ ts_cuda_attention a) {
-    __shared__ chunk held;
-    __shared__ float mean_query[D];
-    __shared__ double totals[kWarps];
-    __shared__ int counts[kWarps], selected[kThreads];
-    const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads;
-    // The latest events first: they have most candidates.
-    const int64_t closed = a.pieces.n_closed - 1 - blockIdx.x, piece_at = a.pieces.closed_pieces[closed];
-    const ts_cuda_piece piece = a.pieces.at[piece_at];
-    event now;
-    now.span = piece.span;
-    now.j = blockIdx.y;
-    now.sequence = piece.sequence;
-    now.first = a.pieces.closed_begin[piece.span];
-    now.index = closed - now.first;
-    now.first_tile = piece.tile - now.index;
-    now.n_held = a.cache.n_held[ts::head_of(a, piece.sequence, now.j)];
-    now.held_at = ((int64_t)piece.span * n_kv + now.j) * a.cache.page_table_stride;
-    now.end = a.tile_ends[now.j * a.pieces.n_closed + closed];
-    if (tid < D)
-        mean_query[tid] = a.query_sums[(piece_at * n_kv + now.j) * D + tid];
-    __syncthreads();
-
-    const int64_t n_candidates = now.n_held + now.index + 1, next = piece.tile + 1;
+template <int D>
+__global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
+    __shared__ float queries[D][kGroup]; // mean queries, transposed: a thread reads all events of one element
+    __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
+    __shared__ int counts[kWarps], n_chosen[kGroup];
+    const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
+    const int64_t group_at = a.pieces.n_groups - 1 - blockIdx.x; // the latest first: they have most candidates
+    const event_group group = group_of(a, group_at, j);
     const ts_sparsity &rules = a.cache.sparsity;
-    double total = 0;
-    int n = 0;
-    for (int64_t first = 0; first < n_candidates; first += kThreads) {
-        n = score_chunk<D>(a, now, first, mean_query, &held);
-        for (int k = tid; k < n; k += kThreads)
-            total += held.score[k];
-        __syncthreads();
+    for (int i = tid; i < kGroup * D; i += kThreads) {
+        const int g = i / D, e = i % D;
+        float q = 0;
+        if (g < group.n_events) {
+            const int64_t piece = a.pieces.closed_pieces[group.first_closed + group.first + g];
+            q = a.query_sums[(piece * n_kv + j) * D + e];
+        }
+        queries[e][g] = q;
     }
-    const double threshold = rules.skip_share * ts::block_sum(total, totals);
-
-    constexpr int kItems = D * D / (4 * kThreads);
-    float4 state[kItems];
+    if (tid < kGroup) {
+        ends[tid] =
+            tid < group.n_events ? a.tile_ends[j * a.pieces.n_closed + group.first_closed + group.first + tid] : 0.0;
+        n_chosen[tid] = 0;
+    }
+    __syncthreads();
+    const int64_t n_candidates = group.n_held + group.first + group.n_events;
+    const int64_t list = (group_at * n_kv + j) * a.list_stride;
+    double totals[kGroup] = {};
+    int n_listed = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t first = 0; first < n_candidates; first += kThreads) {
+            const int64_t i = first + tid;
+            candidate c = {0, 0, 0, 0};
+            if (i < n_candidates)
+                c = candidate_of(a, group, j, i);
+            float dots[kGroup] = {}, reach[kGroup];
+            if (c.held) {
+                const float *mass = c.at >= 0 ? a.cache.slot_mass + c.at * D : a.tile_masses + (~c.at * n_kv + j) * D;
+                for (int e = 0; e < D; e += 4) {
+                    const float4 z = ts::load4(mass + e);
 #pragma unroll
-    for (int item = 0; item < kItems; item++)
-        state[item] = make_float4(0, 0, 0, 0);
-    float mass = 0;
-    int n_selected = 0;
-    for (int64_t first = 0; first < n_candidates; first += kThreads) {
-        if (n_candidates > kThreads)
-            n = score_chunk<D>(a, now, first, mean_query, &held);
-        const bool chosen = tid < n && (next - held.tile[tid] <= rules.recent_tiles ||
-                                        held.tile[tid] < rules.sink_tiles || !(held.score[tid] < threshold));
-        int n_chosen, n_within;
-        (void)rank_in_block(chosen, counts, &n_chosen);
-        const bool within = chosen && held.reach[tid] > 0.0f;
-        const int rank = rank_in_block(within, counts, &n_within);
-        if (within)
-            selected[rank] = tid;
-        n_selected += n_chosen;
+                    for (int k = 0; k < 4; k++) {
+                        const float x = k == 0 ? z.x : k == 1 ? z.y : k == 2 ? z.z : z.w;
+#pragma unroll
+                        for (int g = 0; g < kGroup; g += 4) {
+                            const float4 q = ts::load4(&queries[e + k][g]);
+                            dots[g] += x * q.x, dots[g + 1] += x * q.y, dots[g + 2] += x * q.z, dots[g + 3] += x * q.w;
+                        }
+                    }
+                }
+            }
+            unsigned chosen = 0;
+#pragma unroll
+            for (int g = 0; g < kGroup; g++) {
+                const bool held = c.held >> g & 1u;
+                reach[g] = held ? ts::reach_of(ends[g] - c.end) : 0.0f;
+                const double score = (double)reach[g] * (double)dots[g];
+                if (pass == 0) {
+                    totals[g] += score;
+                } else if (held) {
+                    const int64_t next = group.first_tile + group.first + g + 1;
+                    const bool selected =
+                        next - c.tile <= rules.recent_tiles || c.tile < rules.sink_tiles || !(score < thresholds[g]);
+                    chosen |= (selected ? 1u : 0u) << g;
+                }
+            }
+            if (pass == 0)
+                continue;
+            bool reaches = false;
+#pragma unroll
+            for (int g = 0; g < kGroup; g++) {
+                if (!(chosen >> g & 1u))
+                    reach[g] = 0.0f;
+                reaches = reaches || reach[g] > 0.0f;
+                const unsigned votes = __ballot_sync(~0u, chosen >> g & 1u);
+                if (tid % 32 == 0 && votes)
+                    atomicAdd(&n_chosen[g], __popc(votes));
+            }
+            int n;
+            const int rank = n_listed + rank_in_block(reaches, counts, &n);
+            if (reaches) {
+                a.list_at[list + rank] = c.at;
+#pragma unroll
+                for (int g = 0; g < kGroup; g += 4)
+                    ts::store4(a.list_weights + (list + rank) * kGroup + g,
+                               make_float4(reach[g], reach[g + 1], reach[g + 2], reach[g + 3]));
+            }
+            n_listed += n;
+        }
+        if (pass == 0) {
+#pragma unroll
+            for (int g = 0; g < kGroup; g++) {
+                totals[g] = ts::warp_sum(totals[g]);
+                if (tid % 32 == 0)
+                    sums[tid / 32][g] = totals[g];
+            }
+            __syncthreads();
+            if (tid < kGroup) {
+                double total = 0;
+                for (int i = 0; i < kWarps; i++)
+                    total += sums[i][tid];
+                thresholds[tid] = rules.skip_share * total;
+            }
+            __syncthreads();
+        }
+    }
+    __syncthreads();
+    if (tid == 0) {
+        a.list_lengths[group_at * n_kv + j] = n_listed;
+        unsigned long long available = 0, selected = 0;
+        for (int g = 0; g < group.n_events; g++) {
+            available += (unsigned long long)(group.first_tile + group.first + g + 1);
+            selected += (unsigned long long)n_chosen[g];
+        }
+        // Integers: the order in which blocks add does not matter.
+        unsigned long long *pairs = (unsigned long long *)a.cache.pairs + 2 * ts::head_of(a, group.sequence, j);
+        atomicAdd(pairs, available);
+        atomicAdd(pairs + 1, selected);
+    }
+}
+
+template <typename S, int D>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ ts_cuda_attention a) {
+    constexpr int kChunk = 64; // list entries staged at a time
+    __shared__ float weights[kChunk][kGroup];
+    __shared__ int64_t places[kChunk];
+    const int tid = threadIdx.x, j = blockIdx.z, n_kv = a.cache.n_kv_heads;
+    const int64_t group_at = a.pieces.n_groups - 1 - blockIdx.y;
+    const event_group group = group_of(a, group_at, j);
+    const int64_t list = (group_at * n_kv + j) * a.list_stride;
+    const int n = a.list_lengths[group_at * n_kv + j];
+    const int column = 4 * ((int)blockIdx.x * kThreads + tid);
+    const bool sums_mass = blockIdx.x == 0 && tid < D;
+    float acc[kGroup][4] = {}, mass[kGroup] = {};
+    for (int first = 0; first < n; first += kChunk) {
+        const int n_here = min(kChunk, n - first);
         __syncthreads();
-#pragma unroll 2
-        for (int k = 0; k < n_within; k++) {
-            const int from = selected[k];
-            const float reach = held.reach[from];
-            const int64_t at = held.at[from];
-            const int64_t in_batch = ~at * n_kv + now.j;
+        for (int i = tid; i < n_here * kGroup / 4; i += kThreads)
+            ts::store4(&weights[0][0] + 4 * i, ts::load4(a.list_weights + (list + first) * kGroup + 4 * i));
+        if (tid < n_here)
+            places[tid] = a.list_at[list + first + tid];
+        __syncthreads();
+#pragma unroll 4
+        for (int k = 0; k < n_here; k++) {
+            const int64_t at = places[k], in_batch = ~at * n_kv + j;
             const S *in =
                 at >= 0 ? (const S *)a.cache.slot_state + at * D * D : (const S *)a.tile_states + in_batch * D * D;
+            const float4 x = ts::load4(in + column);
 #pragma unroll
-            for (int item = 0; item < kItems; item++) {
-                const float4 x = ts::load4(in + 4 * (tid + item * kThreads));
-                state[item].x += reach * x.x, state[item].y += reach * x.y;
-                state[item].z += reach * x.z, state[item].w += reach * x.w;
+            for (int g = 0; g < kGroup; g += 4) {
+                const float4 w = ts::load4(&weights[k][g]);
+                acc[g][0] += w.x * x.x, acc[g][1] += w.x * x.y, acc[g][2] += w.x * x.z, acc[g][3] += w.x * x.w;
+                acc[g + 1][0] += w.y * x.x, acc[g + 1][1] += w.y * x.y, acc[g + 1][2] += w.y * x.z,
+                    acc[g + 1][3] += w.y * x.w;
+                acc[g + 2][0] += w.z * x.x, acc[g + 2][1] += w.z * x.y, acc[g + 2][2] += w.z * x.z,
+                    acc[g + 2][3] += w.z * x.w;
+                acc[g + 3][0] += w.w * x.x, acc[g + 3][1] += w.w * x.y, acc[g + 3][2] += w.w * x.z,
+                    acc[g + 3][3] += w.w * x.w;
             }
-            if (tid < D)
-                mass += reach * (at >= 0 ? a.cache.slot_mass[at * D + tid] : a.tile_masses[in_batch * D + tid]);
-        }
-        __syncthreads();
-    }
-    const int64_t out = closed * n_kv + now.j;
+            if (sums_mass) {
+                const float z = at >= 0 ? a.cache.slot_mass[at * D + tid] : a.tile_masses[in_batch * D + tid];
 #pragma unroll
-    for (int item = 0; item < kItems; item++)
-        ts::store4(a.next_states + out * D * D + 4 * (tid + item * kThreads), state[item]);
-    if (tid < D)
-        a.next_masses[out * D + tid] = mass;
-    if (tid == 0) { // integers: the order in which blocks add does not matter
-        unsigned long long *pairs = (unsigned long long *)a.cache.pairs + 2 * ts::head_of(a, piece.sequence, now.j);
-        atomicAdd(pairs, (unsigned long long)next);
-        atomicAdd(pairs + 1, (unsigned long long)n_selected);
+                for (int g = 0; g < kGroup; g++)
+                    mass[g] += weights[k][g] * z;
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+        if (g >= group.n_events)
+            continue;
+        const int64_t out = (group.first_closed + group.first + g) * n_kv + j;
+        ts::store4(a.next_states + out * D * D + column, make_float4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]));
+        if (sums_mass)
+            a.next_masses[out * D + tid] = mass[g];
     }
 }
 
@@ -219,9 +309,11 @@ template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const 
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
     const unsigned n_kv = (unsigned)a->cache.n_kv_heads;
-    if (a->cache.is_sparse)
-        select_kernel<A, S, D><<<dim3((unsigned)a->pieces.n_closed, n_kv), kThreads, 0, stream>>>(*a);
-    else
+    if (a->cache.is_sparse) {
+        const unsigned n_groups = (unsigned)a->pieces.n_groups;
+        choose_kernel<D><<<dim3(n_groups, n_kv), kThreads, 0, stream>>>(*a);
+        sum_kernel<S, D><<<dim3(D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
+    } else
         recur_kernel<D><<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
 }
 

@@ -295,9 +295,9 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
 }
 
 static void linear_cases(ts_device *device, ts_dtype activation, case_group *group) {
-    static const int64_t sizes[][2] = {{96, 64}, {130, 72}, {33, 50}, {201, 100}, {256, 1024}, {8, 64}};
+    static const int64_t sizes[][2] = {{96, 64}, {130, 72}, {33, 50}, {201, 100}, {256, 1024}, {8, 64}, {64, 2048}};
     static const ts_dtype dtypes[] = {TS_F32, TS_BF16, TS_F16};
-    for (int size = 0; size < 6; size++)
+    for (int size = 0; size < 7; size++)
         for (int i = 0; i < 3 * 2 * 3; i++) {
             const int kind = i / 6;
             const linear_case c = {
