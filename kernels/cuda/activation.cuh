@@ -46,6 +46,14 @@ __device__ __forceinline__ void store4(bf16 *p, float4 x) {
     *reinterpret_cast<uint2 *>(p) = u;
 }
 
+// Two neighbours; p is aligned to two elements.
+__device__ __forceinline__ void store2(float *p, float x, float y) {
+    *reinterpret_cast<float2 *>(p) = make_float2(x, y);
+}
+__device__ __forceinline__ void store2(bf16 *p, float x, float y) {
+    *reinterpret_cast<__nv_bfloat162 *>(p) = __floats2bfloat162_rn(x, y);
+}
+
 // Eq. (1): ELU(x) + 1.
 __device__ __forceinline__ float elu1(float x) {
     return x > 0.0f ? x + 1.0f : expf(x);

@@ -155,46 +155,83 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant
         }
 }
 
-constexpr int kMatrixThreads = 128; // a warp for 16 queries
+// A warp for 16 queries and 64 of the output's columns.
+template <int D> constexpr int kMatrixThreadsOf = 128 * (D / 64);
 
 template <int D> constexpr int matrix_shared_bytes() {
     return (D + 3 * kRows) * (D + 8) * (int)sizeof(ts::bf16);
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kMatrixThreadsOf<D>)
+    matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a) {
     extern __shared__ float4 stage[];
-    constexpr int L = D + 8, kSteps = D / 16;
+    constexpr int kMatrixThreads = kMatrixThreadsOf<D>, L = D + 8, kSteps = D / 16, kColumns = 64;
+    constexpr int kVectors = D / 8, kVectorRows = kMatrixThreads / kVectors, kItems = kRows / kVectorRows;
     ts::bf16 *states = (ts::bf16 *)stage, *queries = states + D * L, *keys = queries + kRows * L,
              *values = keys + kRows * L;
-    __shared__ double c_of[128];
+    __shared__ float c_of[128]; // in units of log 2, for exp2
     __shared__ float masses[D];
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32 % 4, begin = tid / 128 * kColumns;
+    const int j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
     const int64_t head = ts::head_of(a, piece.sequence, j);
     const ts::tile_keys<ts::bf16, D> tile(a, piece, j);
+    const int n_keys = piece.first + piece.n_tokens, group = a.cache.n_heads / n_kv;
+    const bool keys_fit = n_keys <= kRows; // then they are staged once for all query heads
+    // A whole tile of kRows tokens, nearly every piece of a long prompt: its first loads leave before all others.
+    const bool is_whole = piece.first == 0 && piece.n_tokens == kRows;
+    uint4 raw_q[kItems], raw_k[kItems], raw_v[kItems];
+    if (is_whole) {
+        const ts::bf16 *q = ts::row_of<ts::bf16, D>(a, piece.row).q + j * group * D;
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+            const int64_t at = (tid / kVectors + i * kVectorRows) * a.qkvg.stride + tid % kVectors * 8;
+            raw_q[i] = ts::load_raw(q + at);
+            raw_k[i] = ts::load_raw(tile.k + at);
+            raw_v[i] = ts::load_raw(tile.v + at);
+        }
+    }
     const float *state = a.cache.state + head * D * D, *mass = a.cache.mass + head * D;
     if (!piece.begins_span) {
         const int64_t at = a.pieces.at[blockIdx.x - 1].closed * n_kv + j;
         state = a.next_states + at * D * D;
         mass = a.next_masses + at * D;
     }
-    const int n_keys = piece.first + piece.n_tokens, group = a.cache.n_heads / n_kv;
     if (tid < n_keys)
-        c_of[tid] = tile.c[tid];
+        c_of[tid] = (float)(tile.c[tid] * (double)ts::kLog2E);
     if (tid < D)
         masses[tid] = mass[tid];
 #pragma unroll 8
     for (int i = tid; i < D * D / 4; i += kMatrixThreads)
         ts::store4(states + i / (D / 4) * L + i % (D / 4) * 4, ts::load4(state + 4 * i));
-    const bool keys_fit = n_keys <= kRows; // then they are staged once for all query heads
+    if (is_whole) {
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+            const int r = tid / kVectors + i * kVectorRows, at = r * L + tid % kVectors * 8;
+            const float gate = tile.gate[r];
+            float x[8];
+            ts::unpack(raw_q[i], x);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                x[e] = ts::elu1_fast(x[e]);
+            ts::store_packed(queries + at, x);
+            ts::unpack(raw_k[i], x);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                x[e] = gate * ts::elu1_fast(x[e]);
+            ts::store_packed(keys + at, x);
+            *(uint4 *)(values + at) = raw_v[i];
+        }
+    }
     for (int h = j * group; h < (j + 1) * group; h++)
         for (int q0 = 0; q0 < piece.n_tokens; q0 += kRows) {
             const int n_rows = min(kRows, piece.n_tokens - q0);
             const bool first_round = h == j * group && q0 == 0;
-            __syncthreads();
+            if (!first_round)
+                __syncthreads();
 #pragma unroll 4
-            for (int i = tid; i < kRows * (D / 4); i += kMatrixThreads) {
+            for (int i = tid; i < kRows * (D / 4) && !(is_whole && first_round); i += kMatrixThreads) {
                 const int r = i / (D / 4), e = i % (D / 4) * 4;
                 float4 q = make_float4(0, 0, 0, 0);
                 if (r < n_rows) {
@@ -204,14 +241,14 @@ __global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __
                 ts::store4(queries + r * L + e, q);
             }
             const int last = piece.first + q0 + n_rows;
-            float acc[D / 8][4] = {}, below[2] = {};
+            float acc[kColumns / 8][4] = {}, below[2] = {};
             uint32_t q[kSteps][4];
             // This thread's rows, and their places in the tile.
             const int row[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
             for (int m0 = 0; m0 < last; m0 += kRows) {
                 if (m0 > 0)
                     __syncthreads();
-                if (first_round || !keys_fit) {
+                if ((first_round && !is_whole) || !keys_fit) {
 #pragma unroll 4
                     for (int i = tid; i < kRows * (D / 4); i += kMatrixThreads) {
                         const int m = i / (D / 4), e = i % (D / 4) * 4;
@@ -226,9 +263,9 @@ __global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __
                     for (int k = 0; k < kSteps; k++) {
                         ts::load_a(q[k], queries, L, warp * 16, 16 * k);
 #pragma unroll
-                        for (int n = 0; n < D / 16; n++) {
+                        for (int n = 0; n < kColumns / 16; n++) {
                             uint32_t b[4];
-                            ts::load_b(b, states, L, 16 * k, 16 * n);
+                            ts::load_b(b, states, L, 16 * k, begin + 16 * n);
                             ts::multiply_add(acc[2 * n], q[k], b[0], b[1]);
                             ts::multiply_add(acc[2 * n + 1], q[k], b[2], b[3]);
                         }
@@ -241,10 +278,10 @@ __global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __
                     }
 #pragma unroll
                     for (int r = 0; r < 2; r++) {
-                        const float reach = row[r] < n_rows ? ts::reach_of(c_of[piece.first + q0 + row[r]]) : 0.0f;
+                        const float reach = row[r] < n_rows ? ts::exp2_fast(c_of[piece.first + q0 + row[r]]) : 0.0f;
                         below[r] *= reach;
 #pragma unroll
-                        for (int n = 0; n < D / 8; n++) {
+                        for (int n = 0; n < kColumns / 8; n++) {
                             acc[n][2 * r] *= reach;
                             acc[n][2 * r + 1] *= reach;
                         }
@@ -270,15 +307,15 @@ __global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __
                             const int r = k / 2, m = m0 + 16 * n + 8 * i + lane % 4 * 2 + k % 2;
                             const int place = piece.first + q0 + row[r];
                             const bool seen = m <= place && row[r] < n_rows;
-                            p[i][k] = seen ? p[i][k] * ts::reach_of(c_of[place] - c_of[m]) : 0.0f;
+                            p[i][k] = seen ? p[i][k] * ts::exp2_fast(c_of[place] - c_of[m]) : 0.0f;
                             below[r] += p[i][k];
                         }
                     const uint32_t weights[4] = {ts::pack(p[0][0], p[0][1]), ts::pack(p[0][2], p[0][3]),
                                                  ts::pack(p[1][0], p[1][1]), ts::pack(p[1][2], p[1][3])};
 #pragma unroll
-                    for (int e = 0; e < D / 16; e++) {
+                    for (int e = 0; e < kColumns / 16; e++) {
                         uint32_t b[4];
-                        ts::load_b(b, values, L, 16 * n, 16 * e);
+                        ts::load_b(b, values, L, 16 * n, begin + 16 * e);
                         ts::multiply_add(acc[2 * e], weights, b[0], b[1]);
                         ts::multiply_add(acc[2 * e + 1], weights, b[2], b[3]);
                     }
@@ -291,9 +328,10 @@ __global__ void __launch_bounds__(kMatrixThreads) matrix_outputs_kernel(const __
                 if (row[r] >= n_rows)
                     continue;
                 const float scale = 1.0f / (below[r] + a.normalizer_eps);
-                ts::bf16 *y = (ts::bf16 *)a.y.data + (piece.row + q0 + row[r]) * a.y.stride + h * D + lane % 4 * 2;
+                ts::bf16 *y =
+                    (ts::bf16 *)a.y.data + (piece.row + q0 + row[r]) * a.y.stride + h * D + begin + lane % 4 * 2;
 #pragma unroll
-                for (int n = 0; n < D / 8; n++)
+                for (int n = 0; n < kColumns / 8; n++)
                     *(uint32_t *)(y + 8 * n) = ts::pack(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
             }
         }
@@ -310,7 +348,7 @@ template <int D> void launch_bf16(cudaStream_t stream, const ts_cuda_attention *
     const dim3 grid((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads);
     (void)cudaFuncSetAttribute(matrix_outputs_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                matrix_shared_bytes<D>());
-    matrix_outputs_kernel<D><<<grid, kMatrixThreads, matrix_shared_bytes<D>(), stream>>>(*a);
+    matrix_outputs_kernel<D><<<grid, kMatrixThreadsOf<D>, matrix_shared_bytes<D>(), stream>>>(*a);
 }
 
 } // namespace

@@ -126,6 +126,113 @@ __device__ void matrix_state(const ts::tile_keys<ts::bf16, D> &tile, int T, cons
     }
 }
 
+// A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
+// before the first is needed, and nothing is read twice.
+template <typename S, int D>
+__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage, double *c_of,
+                           float *gate_of, double *totals) {
+    constexpr int L = D + 8, kVectors = D / 8, kRows = kThreads / kVectors, kItems = kChunk / kRows;
+    constexpr int kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+    ts::bf16 *keys = (ts::bf16 *)stage, *values = keys + kChunk * L;
+    float *query_shares = (float *)(values + kChunk * L), *mass_shares = query_shares + kRows * D; // [kRows, D] each
+    const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads, group = a.cache.n_heads / n_kv;
+    const int r0 = tid / kVectors, column = tid % kVectors * 8;
+    const int64_t stride = a.qkvg.stride;
+    const ts::token_row<ts::bf16> first = ts::row_of<ts::bf16, D>(a, piece.row);
+    uint4 raw_k[kItems], raw_v[kItems], raw_q[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        const int64_t at = (r0 + i * kRows) * stride + j * D + column;
+        raw_k[i] = ts::load_raw(first.k + at);
+        raw_v[i] = ts::load_raw(first.v + at);
+        raw_q[i] = ts::load_raw(first.q + at + j * (group - 1) * D);
+    }
+    double decay = 0;
+    if (tid < kChunk) {
+        decay = ts::log_decay(ts::load(first.decay_gate + tid * stride + j), a.decay_temperature);
+        gate_of[tid] = ts::key_gate(ts::load(first.key_gate + tid * stride + j));
+    }
+    const double c = scan_tile(decay, totals);
+    if (tid < kChunk) {
+        c_of[tid] = c;
+        a.c[j * a.n_rows + piece.row + tid] = c;
+        a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
+    }
+    float sums[8] = {};
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        float x[8];
+        ts::unpack(raw_q[i], x);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            sums[e] += ts::elu1_fast(x[e]);
+        for (int h = 1; h < group; h++) {
+            ts::unpack(ts::load_raw(first.q + (r0 + i * kRows) * stride + (j * group + h) * D + column), x);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                sums[e] += ts::elu1_fast(x[e]);
+        }
+    }
+    ts::store4(query_shares + r0 * D + column, make_float4(sums[0], sums[1], sums[2], sums[3]));
+    ts::store4(query_shares + r0 * D + column + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
+    __syncthreads();
+    const double c_last = c_of[kChunk - 1];
+    float masses[8] = {};
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        const int m = r0 + i * kRows;
+        const float scale = gate_of[m] * ts::reach_of(c_last - c_of[m]);
+        float x[8];
+        ts::unpack(raw_k[i], x);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            x[e] = scale * ts::elu1_fast(x[e]);
+            masses[e] += x[e];
+        }
+        ts::store_packed(keys + m * L + column, x);
+        *(uint4 *)(values + m * L + column) = raw_v[i];
+    }
+    ts::store4(mass_shares + r0 * D + column, make_float4(masses[0], masses[1], masses[2], masses[3]));
+    ts::store4(mass_shares + r0 * D + column + 4, make_float4(masses[4], masses[5], masses[6], masses[7]));
+    __syncthreads();
+    const int lane = tid % 32, row = tid / 32 % (D / 16) * 16, begin = tid / 32 / (D / 16) * kColumns;
+    float acc[kColumns / 8][4] = {};
+#pragma unroll
+    for (int m = 0; m < kChunk; m += 16) {
+        uint32_t k[4];
+        ts::load_a_transposed(k, keys, L, row, m);
+#pragma unroll
+        for (int n = 0; n < kColumns / 16; n++) {
+            uint32_t v[4];
+            ts::load_b(v, values, L, m, begin + 16 * n);
+            ts::multiply_add(acc[2 * n], k, v[0], v[1]);
+            ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
+        }
+    }
+    const int64_t at = piece.closed * n_kv + j;
+    S *state = (S *)a.tile_states + at * D * D + (row + lane / 4) * D + begin + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n++) {
+        ts::store2(state + 8 * n, acc[n][0], acc[n][1]);
+        ts::store2(state + 8 * D + 8 * n, acc[n][2], acc[n][3]);
+    }
+    float query = 0, mass = 0;
+    if (tid < D) {
+#pragma unroll 8
+        for (int i = 0; i < kRows; i++) {
+            query += query_shares[i * D + tid];
+            mass += mass_shares[i * D + tid];
+        }
+        a.query_sums[((int64_t)blockIdx.x * n_kv + j) * D + tid] = query / (float)(kChunk * group);
+        a.tile_masses[at * D + tid] = mass;
+    }
+    const double sum = ts::block_sum((double)mass, totals);
+    if (tid == 0) {
+        a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
+        a.tile_decays[j * a.pieces.n_closed + piece.closed] = c_last;
+    }
+}
+
 template <typename A, typename S, int D>
 __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
     extern __shared__ float4 stage[];
@@ -138,6 +245,11 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
     const int64_t head = ts::head_of(a, piece.sequence, j), open = head * T;
     const int group = a.cache.n_heads / n_kv;
     const bool closes = piece.closed >= 0;
+    if constexpr (kMatrix)
+        if (T == kChunk && piece.n_tokens == kChunk) {
+            whole_tile<S, D>(a, piece, j, stage, c_of, gate_of, totals);
+            return;
+        }
     const float mean = closes ? 1.0f / (float)(T * group) : 1.0f;
     float *query_sum = a.query_sums + ((int64_t)blockIdx.x * n_kv + j) * D;
 
@@ -225,7 +337,9 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
 }
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    const int bytes = 2 * kChunk * (std::is_same<A, float>::value ? D * (int)sizeof(float) : (D + 8) * (int)sizeof(A));
+    const int of_f32 = 2 * kChunk * D * (int)sizeof(float);
+    const int of_bf16 = 2 * kChunk * (D + 8) * (int)sizeof(ts::bf16) + 2 * kThreads * 8 * (int)sizeof(float);
+    const int bytes = std::is_same<A, float>::value ? of_f32 : of_bf16;
     (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     tiles_kernel<A, S, D>
         <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);

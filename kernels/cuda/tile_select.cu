@@ -6,11 +6,14 @@
 // computed twice: once for their sum, once to compare. Bound by f32 arithmetic.
 //
 // sum_kernel: S^ of a group's events as weighted sums over the list, each state read once for all of them. Bound by
-// reading states from L2. Where an event does not select a tile it adds zero, which changes no bit: an event's sum does
-// not depend on its neighbours.
+// reading states from L2. BF16 states under BF16 activations go through the matrix units, events by tiles by elements,
+// with weights rounded to BF16; else it is f32 arithmetic.
 //
 // In dense form eq. (8) is a recurrence over the events of a span, one thread for four elements of the state.
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -272,6 +275,102 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ t
     }
 }
 
+constexpr int kTiles = 16;   // states multiplied at a time
+constexpr int kWide = 1024;  // elements of each that a block takes
+constexpr int kListed = 256; // entries of the list in shared memory
+constexpr int kWidePitch = kWide + 8, kWeightPitch = kGroup + 8;
+constexpr int kMatrixBytes =
+    (2 * kTiles * kWidePitch + kListed * kWeightPitch) * (int)sizeof(ts::bf16) + kListed * (int)sizeof(int64_t);
+
+template <int D>
+__global__ void __launch_bounds__(kThreads) matrix_sum_kernel(const __grid_constant__ ts_cuda_attention a) {
+    extern __shared__ uint4 shared[];
+    ts::bf16 *states = (ts::bf16 *)shared, *weights = states + 2 * kTiles * kWidePitch;
+    int64_t *places = (int64_t *)(weights + kListed * kWeightPitch);
+    const int tid = threadIdx.x, lane = tid % 32, j = blockIdx.z, n_kv = a.cache.n_kv_heads;
+    const int64_t group_at = a.pieces.n_groups - 1 - blockIdx.y;
+    const event_group group = group_of(a, group_at, j);
+    const int64_t list = (group_at * n_kv + j) * a.list_stride;
+    const int n = a.list_lengths[group_at * n_kv + j], column = blockIdx.x * kWide, begin = tid / 32 * (kWide / kWarps);
+    float acc[kWide / kWarps / 8][4] = {};
+    for (int first = 0; first < n; first += kListed) {
+        const int n_here = min(kListed, n - first), n_steps = (n_here + kTiles - 1) / kTiles;
+        __syncthreads();
+        for (int i = tid; i < n_steps * kTiles; i += kThreads) {
+            // Beyond the list: any state, with no weight.
+            const int64_t at = a.list_at[list + first + min(i, n_here - 1)];
+            places[i] = at >= 0 ? at : ~(~at * n_kv + j);
+        }
+        for (int i = tid; i < n_steps * kTiles * (kGroup / 4); i += kThreads) {
+            const int k = i / (kGroup / 4), g = i % (kGroup / 4) * 4;
+            ts::store4(weights + k * kWeightPitch + g, k < n_here
+                                                           ? ts::load4(a.list_weights + (list + first + k) * kGroup + g)
+                                                           : make_float4(0, 0, 0, 0));
+        }
+        __syncthreads();
+        const auto fetch = [&](int step) {
+            ts::bf16 *to = states + step % 2 * kTiles * kWidePitch;
+            for (int i = tid; i < kTiles * (kWide / 8); i += kThreads) {
+                const int k = i / (kWide / 8), e = i % (kWide / 8) * 8;
+                const int64_t at = places[step * kTiles + k];
+                const ts::bf16 *from = at >= 0 ? (const ts::bf16 *)a.cache.slot_state + at * D * D
+                                               : (const ts::bf16 *)a.tile_states + ~at * D * D;
+                ts::copy_async(to + k * kWidePitch + e, from + column + e);
+            }
+            ts::copy_commit();
+        };
+        fetch(0);
+        for (int step = 0; step < n_steps; step++) {
+            if (step + 1 < n_steps) {
+                fetch(step + 1);
+                ts::copy_wait<1>();
+            } else {
+                ts::copy_wait<0>();
+            }
+            __syncthreads();
+            const ts::bf16 *from = states + step % 2 * kTiles * kWidePitch;
+            uint32_t w[4];
+            ts::load_a_transposed(w, weights + step * kTiles * kWeightPitch, kWeightPitch, 0, 0);
+#pragma unroll
+            for (int i = 0; i < kWide / kWarps / 16; i++) {
+                uint32_t b[4];
+                ts::load_b(b, from, kWidePitch, 0, begin + 16 * i);
+                ts::multiply_add(acc[2 * i], w, b[0], b[1]);
+                ts::multiply_add(acc[2 * i + 1], w, b[2], b[3]);
+            }
+            __syncthreads();
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int g = lane / 4 + 8 * r;
+        if (g >= group.n_events)
+            continue;
+        const int64_t out = (group.first_closed + group.first + g) * n_kv + j;
+        float *state = a.next_states + out * D * D + column + begin + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < kWide / kWarps / 8; i++)
+            ts::store2(state + 8 * i, acc[i][2 * r], acc[i][2 * r + 1]);
+    }
+    if (blockIdx.x > 0 || tid >= D)
+        return;
+    float mass[kGroup] = {};
+#pragma unroll 4
+    for (int k = 0; k < n; k++) {
+        const int64_t at = a.list_at[list + k];
+        const float z = at >= 0 ? a.cache.slot_mass[at * D + tid] : a.tile_masses[(~at * n_kv + j) * D + tid];
+#pragma unroll
+        for (int g = 0; g < kGroup; g += 4) {
+            const float4 w = ts::load4(a.list_weights + (list + k) * kGroup + g);
+            mass[g] += w.x * z, mass[g + 1] += w.y * z, mass[g + 2] += w.z * z, mass[g + 3] += w.w * z;
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++)
+        if (g < group.n_events)
+            a.next_masses[((group.first_closed + group.first + g) * n_kv + j) * D + tid] = mass[g];
+}
+
 template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
     const int j = blockIdx.y, s = blockIdx.z, n_kv = a.cache.n_kv_heads, i = 4 * (blockIdx.x * kThreads + threadIdx.x);
     const int64_t begin = a.pieces.closed_begin[s], end = a.pieces.closed_begin[s + 1];
@@ -312,7 +411,12 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     if (a->cache.is_sparse) {
         const unsigned n_groups = (unsigned)a->pieces.n_groups;
         choose_kernel<D><<<dim3(n_groups, n_kv), kThreads, 0, stream>>>(*a);
-        sum_kernel<S, D><<<dim3(D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
+        if (std::is_same<A, ts::bf16>::value && std::is_same<S, ts::bf16>::value) {
+            (void)cudaFuncSetAttribute(matrix_sum_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMatrixBytes);
+            matrix_sum_kernel<D><<<dim3(D * D / kWide, n_groups, n_kv), kThreads, kMatrixBytes, stream>>>(*a);
+        } else {
+            sum_kernel<S, D><<<dim3(D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
+        }
     } else
         recur_kernel<D><<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
 }

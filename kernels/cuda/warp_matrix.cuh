@@ -62,5 +62,51 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&r)[4], const bf16 *
     load_matrices<false>(r, m + (n + lane % 8 + lane / 16 * 8) * stride + k + lane / 8 % 2 * 8);
 }
 
+// Eight neighbours as they stand in memory.
+__device__ __forceinline__ uint4 load_raw(const bf16 *p) {
+    return __ldg(reinterpret_cast<const uint4 *>(p));
+}
+
+__device__ __forceinline__ void unpack(const uint4 &raw, float (&x)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ void store_packed(bf16 *p, const float (&x)[8]) {
+    *reinterpret_cast<uint4 *>(p) = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+
+// 2^x to about two units in the last place of f32; 0 below -126.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Eq. (1), to f32 rounding of the exponent: for results that are rounded to BF16.
+__device__ __forceinline__ float elu1_fast(float x) {
+    return x > 0.0f ? x + 1.0f : exp2_fast(x * kLog2E);
+}
+
+// 16 bytes from device to shared memory, without a register between.
+__device__ __forceinline__ void copy_async(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kLeft> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 } // namespace ts
 #endif
