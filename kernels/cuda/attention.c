@@ -30,7 +30,7 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->tile_decays = carve(&at, n_closed * sizeof *a->tile_decays);
     a->tile_sums = carve(&at, n_closed * sizeof *a->tile_sums);
     a->tile_ends = carve(&at, n_closed * sizeof *a->tile_ends);
-    a->next_states = carve(&at, n_closed * d * d * sizeof *a->next_states);
+    a->next_states = carve(&at, n_closed * d * d * ts_dtype_bytes(a->qkvg.dtype));
     a->next_masses = carve(&at, n_closed * d * sizeof *a->next_masses);
     a->tile_keys = carve(&at, n_closed * sizeof *a->tile_keys);
     a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);

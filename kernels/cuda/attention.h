@@ -29,7 +29,7 @@ typedef struct ts_cuda_attention {
     double *tile_decays;   // [KV, n_closed] c_last
     double *tile_sums;     // [KV, n_closed] sum of z_t
     double *tile_ends;     // [KV, n_closed] E_t
-    float *next_states;    // [n_closed, KV, d, d] S^ of the tile that follows
+    void *next_states;     // [n_closed, KV, d, d] S^ of the tile that follows, of the activations' dtype
     float *next_masses;    // [n_closed, KV, d]
     double *tile_keys;     // [KV, n_closed], and below: sparse form only
     int32_t *tile_deaths;  // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays

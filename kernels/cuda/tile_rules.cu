@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int64_t kManyBlocks = 8192; // more than the device runs at a time
 
 __device__ double *joining_of(const ts_cuda_attention &a, int s, int j) {
     const int64_t per_head = a.pieces.n_closed + (int64_t)a.pieces.n_spans * a.n_lead;
@@ -67,7 +68,7 @@ __device__ bool is_better(double key, int64_t tile, double than_key, int64_t tha
     return key > than_key || (key == than_key && tile > than_tile);
 }
 
-// The event at which a tile stops being held.
+// The event at which a tile stops being held. A warp works it out together, 32 tiles of the lane at a time.
 __device__ int32_t death_of(const ts_cuda_attention &a, int s, int j, int32_t sequence, int64_t tile, double key,
                             int n_held) {
     const ts_sparsity &rules = a.cache.sparsity;
@@ -82,24 +83,36 @@ __device__ int32_t death_of(const ts_cuda_attention &a, int s, int j, int32_t se
     if (rules.cache_tiles == 0)
         return INT_MAX;
     const int64_t room = rules.cache_tiles / rules.cache_lanes, lanes = rules.cache_lanes;
+    const int lane = threadIdx.x % 32;
     int64_t n_better = 0;
-    for (int i = 0; i < n_held; i++) {
-        const int64_t page = ts::page_of(a, sequence, j, i), other = a.cache.slot_tile[page];
-        if (other < first_joining && other >= rules.sink_tiles && other % lanes == tile % lanes)
-            n_better += is_better(a.cache.slot_key[page], other, key, tile);
-    }
-    int64_t other = first_joining > 0 ? first_joining : 0;
-    other += ((tile - other) % lanes + lanes) % lanes;
-    const double *joining = joining_of(a, s, j) + a.n_lead - first_tile; // by tile
-    for (; other < first_joining + n; other += lanes) {
-        if (other == tile) {
-            if (n_better >= room)
-                return (int32_t)(tile - first_joining);
-            continue;
+    for (int i0 = 0; i0 < n_held; i0 += 32) {
+        bool better = false;
+        if (i0 + lane < n_held) {
+            const int64_t page = ts::page_of(a, sequence, j, i0 + lane), other = a.cache.slot_tile[page];
+            better = other < first_joining && other >= rules.sink_tiles && other % lanes == tile % lanes &&
+                     is_better(a.cache.slot_key[page], other, key, tile);
         }
-        n_better += is_better(joining[other], other, key, tile);
-        if (n_better >= room && (!joins || other > tile))
-            return (int32_t)(other - first_joining);
+        n_better += __popc(__ballot_sync(~0u, better));
+    }
+    int64_t first = first_joining > 0 ? first_joining : 0;
+    first += ((tile - first) % lanes + lanes) % lanes;
+    const double *joining = joining_of(a, s, j) + a.n_lead - first_tile; // by tile
+    for (; first < first_joining + n; first += 32 * lanes) {
+        const int64_t other = first + lane * lanes;
+        const bool there = other < first_joining + n;
+        const unsigned better = __ballot_sync(~0u, there && is_better(joining[other], other, key, tile));
+        const unsigned itself = __ballot_sync(~0u, there && other == tile);
+        // Those after which the tile can leave: all, or those that join after it.
+        const unsigned later = __ballot_sync(~0u, !joins || other > tile);
+        n_better += __popc(better & ~later);
+        if (joins && itself && n_better >= room)
+            return (int32_t)(tile - first_joining);
+        const int n_later = __popc(better & later);
+        if (n_better + n_later >= room && n_later > 0) {
+            const int at = (int)__fns(better & later, 0, (int)(room - n_better));
+            return (int32_t)(first + at * lanes - first_joining);
+        }
+        n_better += n_later;
     }
     return INT_MAX;
 }
@@ -111,14 +124,20 @@ __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
         return;
     const int32_t sequence = a.spans[s].sequence;
     const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
-    const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-    if (i < n_held) {
-        const int64_t page = ts::page_of(a, sequence, j, i);
-        a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride + i] =
-            death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
-    } else if (i < n_held + n) {
-        const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
-        a.tile_deaths[at] = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
+    const bool leads = threadIdx.x % 32 == 0;
+    for (int64_t i = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32; i < n_held + n;
+         i += (int64_t)gridDim.x * kWarps) {
+        if (i < n_held) {
+            const int64_t page = ts::page_of(a, sequence, j, i);
+            const int32_t death = death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
+            if (leads)
+                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride + i] = death;
+        } else {
+            const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
+            const int32_t death = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
+            if (leads)
+                a.tile_deaths[at] = death;
+        }
     }
 }
 
@@ -208,7 +227,7 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
     if (closed_end > a.pieces.closed_begin[s]) {
         const int64_t from = (closed_end - 1) * n_kv + j;
         for (int i = tid * 4; i < D * D; i += kThreads * 4)
-            ts::store4(a.cache.state + head * D * D + i, ts::load4(a.next_states + from * D * D + i));
+            ts::store4(a.cache.state + head * D * D + i, ts::load4((const A *)a.next_states + from * D * D + i));
         if (tid < D)
             a.cache.mass[head * D + tid] = a.next_masses[from * D + tid];
         if (tid == 0)
@@ -248,8 +267,10 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
         return TS_OK;
     ends_kernel<<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
     if (a->cache.is_sparse) {
-        const int64_t most = a->cache.page_table_stride + a->most_events;
-        deaths_kernel<<<dim3((unsigned)((most + kThreads - 1) / kThreads), n_spans, n_kv), kThreads, 0, stream>>>(*a);
+        // Blocks for the largest span, but in a batch of many spans not for each as many.
+        const int64_t most = (a->cache.page_table_stride + a->most_events + kWarps - 1) / kWarps;
+        const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
+        deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
     }
     return ts_cuda_status(cudaGetLastError(), "attention: rules of tiles");
 }

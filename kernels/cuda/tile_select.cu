@@ -98,6 +98,14 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
     return out;
 }
 
+// Whether candidate i is held at any event of the group.
+__device__ bool is_held(const ts_cuda_attention &a, const event_group &group, int j, int64_t i) {
+    if (i < group.n_held)
+        return a.held_deaths[group.held_at + i] > group.first;
+    const int64_t born = i - group.n_held, from = born > group.first ? born : group.first;
+    return a.tile_deaths[j * a.pieces.n_closed + group.first_closed + born] > from;
+}
+
 template <int D>
 __global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
     __shared__ float queries[D][kGroup]; // mean queries, transposed: a thread reads all events of one element
@@ -124,14 +132,26 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant_
     __syncthreads();
     const int64_t n_candidates = group.n_held + group.first + group.n_events;
     const int64_t list = (group_at * n_kv + j) * a.list_stride;
+    // The list first holds the candidates that any event holds, by number; the second pass writes over what it has
+    // read.
+    int n_held = 0;
+    for (int64_t first = 0; first < n_candidates; first += kThreads) {
+        const int64_t i = first + tid;
+        const bool held = i < n_candidates && is_held(a, group, j, i);
+        int n;
+        const int rank = n_held + rank_in_block(held, counts, &n);
+        if (held)
+            a.list_at[list + rank] = i;
+        n_held += n;
+    }
+    __syncthreads();
     double totals[kGroup] = {};
     int n_listed = 0;
     for (int pass = 0; pass < 2; pass++) {
-        for (int64_t first = 0; first < n_candidates; first += kThreads) {
-            const int64_t i = first + tid;
+        for (int first = 0; first < n_held; first += kThreads) {
             candidate c = {0, 0, 0, 0};
-            if (i < n_candidates)
-                c = candidate_of(a, group, j, i);
+            if (first + tid < n_held)
+                c = candidate_of(a, group, j, a.list_at[list + first + tid]);
             float dots[kGroup] = {}, reach[kGroup];
             if (c.held) {
                 const float *mass = c.at >= 0 ? a.cache.slot_mass + c.at * D : a.tile_masses + (~c.at * n_kv + j) * D;
@@ -218,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant_
     }
 }
 
-template <typename S, int D>
+template <typename A, typename S, int D>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ ts_cuda_attention a) {
     constexpr int kChunk = 64; // list entries staged at a time
     __shared__ float weights[kChunk][kGroup];
@@ -269,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ t
         if (g >= group.n_events)
             continue;
         const int64_t out = (group.first_closed + group.first + g) * n_kv + j;
-        ts::store4(a.next_states + out * D * D + column, make_float4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]));
+        ts::store4((A *)a.next_states + out * D * D + column, make_float4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]));
         if (sums_mass)
             a.next_masses[out * D + tid] = mass[g];
     }
@@ -347,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) matrix_sum_kernel(const __grid_const
         if (g >= group.n_events)
             continue;
         const int64_t out = (group.first_closed + group.first + g) * n_kv + j;
-        float *state = a.next_states + out * D * D + column + begin + lane % 4 * 2;
+        ts::bf16 *state = (ts::bf16 *)a.next_states + out * D * D + column + begin + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kWide / kWarps / 8; i++)
             ts::store2(state + 8 * i, acc[i][2 * r], acc[i][2 * r + 1]);
@@ -371,7 +391,8 @@ __global__ void __launch_bounds__(kThreads) matrix_sum_kernel(const __grid_const
             a.next_masses[((group.first_closed + group.first + g) * n_kv + j) * D + tid] = mass[g];
 }
 
-template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
+template <typename A, int D>
+__global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
     const int j = blockIdx.y, s = blockIdx.z, n_kv = a.cache.n_kv_heads, i = 4 * (blockIdx.x * kThreads + threadIdx.x);
     const int64_t begin = a.pieces.closed_begin[s], end = a.pieces.closed_begin[s + 1];
     if (begin == end)
@@ -386,7 +407,7 @@ template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const 
         const float4 x = ts::load4(states + at);
         state.x = decay * state.x + x.x, state.y = decay * state.y + x.y;
         state.z = decay * state.z + x.z, state.w = decay * state.w + x.w;
-        ts::store4(a.next_states + at, state);
+        ts::store4((A *)a.next_states + at, state);
     }
     if (i < D) {
         float4 mass = ts::load4(a.cache.mass + head * D + i);
@@ -415,10 +436,11 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
             (void)cudaFuncSetAttribute(matrix_sum_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMatrixBytes);
             matrix_sum_kernel<D><<<dim3(D * D / kWide, n_groups, n_kv), kThreads, kMatrixBytes, stream>>>(*a);
         } else {
-            sum_kernel<S, D><<<dim3(D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
+            sum_kernel<A, S, D><<<dim3(D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
         }
     } else
-        recur_kernel<D><<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
+        recur_kernel<A, D>
+            <<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
 }
 
 } // namespace
