@@ -59,15 +59,22 @@ __device__ __forceinline__ float elu1(float x) {
     return x > 0.0f ? x + 1.0f : expf(x);
 }
 
-// Eq. (2).
-__device__ __forceinline__ float key_gate(float logit) {
-    return (float)(1.0 / (1.0 + exp(-(double)logit)));
+// Eq. (2), from a logit in the activations' dtype: in f64 for F32, in f32 for BF16, whose logits have eight bits.
+__device__ __forceinline__ float key_gate(const float *logit) {
+    return (float)(1.0 / (1.0 + exp(-(double)*logit)));
+}
+__device__ __forceinline__ float key_gate(const bf16 *logit) {
+    return 1.0f / (1.0f + expf(-load(logit)));
 }
 
-// Eq. (3).
-__device__ __forceinline__ double log_decay(float logit, double temperature) {
-    const double x = (double)logit;
+// Eq. (3), likewise.
+__device__ __forceinline__ double log_decay(const float *logit, double temperature) {
+    const double x = (double)*logit;
     return ((x < 0 ? x : 0) - log1p(exp(-fabs(x)))) / temperature;
+}
+__device__ __forceinline__ double log_decay(const bf16 *logit, double temperature) {
+    const float x = load(logit);
+    return (double)((fminf(x, 0.0f) - log1pf(expf(-fabsf(x)))) / (float)temperature);
 }
 
 // e^x for x <= 0, and 0 where it would be subnormal: what every backend calls out of reach.

@@ -5,12 +5,11 @@
 
 namespace {
 
-constexpr int kMaxTile = 128;
-
 template <int D> constexpr int kThreadsOf = 4 * D;
 
 template <typename A, int D, int T>
-__global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kThreadsOf<D>, D == 64 ? 3 : 1)
+    decode_kernel(const __grid_constant__ ts_cuda_attention a) {
     // A thread: four columns of every kParts-th row of S^, k^ and v.
     constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 4, kParts = kThreads / kColumns;
     constexpr int kStates = D / kParts, kKeys = T / kParts;
@@ -47,10 +46,10 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     if (tid == 0) {
-        c_shared = (n > 0 ? open_c[n - 1] : 0.0) + ts::log_decay(ts::load(row.decay_gate + j), a.decay_temperature);
+        c_shared = (n > 0 ? open_c[n - 1] : 0.0) + ts::log_decay(row.decay_gate + j, a.decay_temperature);
         open_c[n] = c_shared;
     } else if (tid == 32) {
-        gate = ts::key_gate(ts::load(row.key_gate + j));
+        gate = ts::key_gate(row.key_gate + j);
     }
     __syncthreads();
     const double c_now = c_shared;
@@ -119,8 +118,8 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
     if (a->cache.tile_size == 64)
         decode_kernel<A, D, 64><<<grid, kThreadsOf<D>, 0, stream>>>(*a);
-    else
-        decode_kernel<A, D, kMaxTile><<<grid, kThreadsOf<D>, 0, stream>>>(*a);
+    else if constexpr (D == 128)
+        decode_kernel<A, D, 128><<<grid, kThreadsOf<D>, 0, stream>>>(*a);
 }
 
 } // namespace

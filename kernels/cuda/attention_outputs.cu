@@ -165,7 +165,7 @@ template <int D> constexpr int matrix_shared_bytes() {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMatrixThreadsOf<D>)
+__global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
     matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a) {
     extern __shared__ float4 stage[];
     constexpr int kMatrixThreads = kMatrixThreadsOf<D>, L = D + 8, kSteps = D / 16, kColumns = 64;

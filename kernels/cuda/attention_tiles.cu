@@ -149,8 +149,8 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
     }
     double decay = 0;
     if (tid < kChunk) {
-        decay = ts::log_decay(ts::load(first.decay_gate + tid * stride + j), a.decay_temperature);
-        gate_of[tid] = ts::key_gate(ts::load(first.key_gate + tid * stride + j));
+        decay = ts::log_decay(first.decay_gate + tid * stride + j, a.decay_temperature);
+        gate_of[tid] = ts::key_gate(first.key_gate + tid * stride + j);
     }
     const double c = scan_tile(decay, totals);
     if (tid < kChunk) {
@@ -234,7 +234,7 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
 }
 
 template <typename A, typename S, int D>
-__global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
     extern __shared__ float4 stage[];
     constexpr bool kMatrix = std::is_same<A, ts::bf16>::value;
     __shared__ float reach_of[kMaxTile];
@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__
         double decay = 0;
         if (mine) {
             const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + tid);
-            decay = ts::log_decay(ts::load(row.decay_gate + j), a.decay_temperature);
-            gate_of[tid] = ts::key_gate(ts::load(row.key_gate + j));
+            decay = ts::log_decay(row.decay_gate + j, a.decay_temperature);
+            gate_of[tid] = ts::key_gate(row.key_gate + j);
         }
         double c = scan_tile(decay, totals);
         if (mine) {

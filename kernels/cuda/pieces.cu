@@ -60,11 +60,13 @@ __global__ void pieces_kernel(const ts_span *spans, int T, bool only_closing, ts
         groups += sums[2];
     }
     __syncthreads();
-    // A warp a span, its lanes over the span's pieces.
-    for (int32_t s = threadIdx.x / 32; s < out.n_spans; s += kThreads / 32) {
+    // Few spans: all threads over the pieces of each in turn. Many: a warp a span.
+    const bool few = out.n_spans < kThreads / 32;
+    const int together = few ? kThreads : 32;
+    for (int32_t s = (int32_t)threadIdx.x / together; s < out.n_spans; s += kThreads / together) {
         const ts_span span = spans[s];
         const int64_t n = out.begin[s + 1] - out.begin[s];
-        for (int64_t i = threadIdx.x % 32; i < n; i += 32) {
+        for (int64_t i = threadIdx.x % together; i < n; i += together) {
             const int64_t tile = span.position / T + i;
             const int64_t from = i == 0 ? span.position : tile * T;
             const int64_t all = span.position + span.n_tokens;

@@ -18,7 +18,7 @@ __global__ void importance_kernel(const T *qkvg, int64_t stride, int n_heads, in
     double sum = 0;
     for (int i = threadIdx.x / 32; i < piece.n_tokens; i += kThreads / 32) {
         const T *row = qkvg + (piece.row + i) * stride;
-        const float g = ts::key_gate(ts::load(row + gate));
+        const float g = ts::key_gate(row + gate);
         for (int e = threadIdx.x % 32; e < d; e += 32)
             sum += (double)(g * ts::elu1(ts::load(row + k + e)));
     }

@@ -107,7 +107,7 @@ __device__ bool is_held(const ts_cuda_attention &a, const event_group &group, in
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
     __shared__ float queries[D][kGroup]; // mean queries, transposed: a thread reads all events of one element
     __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
     __shared__ int counts[kWarps], n_chosen[kGroup];
@@ -155,14 +155,21 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const __grid_constant_
             float dots[kGroup] = {}, reach[kGroup];
             if (c.held) {
                 const float *mass = c.at >= 0 ? a.cache.slot_mass + c.at * D : a.tile_masses + (~c.at * n_kv + j) * D;
-                for (int e = 0; e < D; e += 4) {
-                    const float4 z = ts::load4(mass + e);
+                constexpr int kAhead = 8; // loads under way together
+                for (int e0 = 0; e0 < D; e0 += 4 * kAhead) {
+                    float4 z[kAhead];
 #pragma unroll
-                    for (int k = 0; k < 4; k++) {
-                        const float x = k == 0 ? z.x : k == 1 ? z.y : k == 2 ? z.z : z.w;
+                    for (int k = 0; k < kAhead; k++)
+                        z[k] = ts::load4(mass + e0 + 4 * k);
+#pragma unroll
+                    for (int k = 0; k < 4 * kAhead; k++) {
+                        const float x = k % 4 == 0   ? z[k / 4].x
+                                        : k % 4 == 1 ? z[k / 4].y
+                                        : k % 4 == 2 ? z[k / 4].z
+                                                     : z[k / 4].w;
 #pragma unroll
                         for (int g = 0; g < kGroup; g += 4) {
-                            const float4 q = ts::load4(&queries[e + k][g]);
+                            const float4 q = ts::load4(&queries[e0 + k][g]);
                             dots[g] += x * q.x, dots[g + 1] += x * q.y, dots[g + 2] += x * q.z, dots[g + 3] += x * q.w;
                         }
                     }
