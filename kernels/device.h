@@ -45,6 +45,8 @@ struct ts_device {
     const ts_ops *ops;
     // Spans of different sequences may share one prefill batch without changing a bit of any row's value (I3).
     bool packs_prefill;
+    // Of a model's activations, but for its residual stream and logits, which are F32.
+    ts_dtype compute_dtype;
 };
 
 // Frees the device; what was allocated on it must have been released. Accepts NULL.

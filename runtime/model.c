@@ -9,7 +9,7 @@
 typedef struct activations {
     int64_t max_rows;
     void *memory;
-    ts_tensor x;     // [M, D] the residual stream
+    ts_tensor x;     // [M, D] the residual stream, F32; the others are of the device's compute dtype
     ts_tensor h;     // [M, D] normed
     ts_tensor delta; // [M, D] what a mixer or mlp adds to x
     ts_tensor qkvg;  // [M, (H + 2 KV) d + 2 KV]
@@ -74,7 +74,8 @@ size_t ts_model_weight_bytes(const ts_model *model) {
     return model->store.n_bytes;
 }
 
-// Column counts of the activations in the order of the struct; gated is 0 without swiglu.
+// Column counts of the activations in the order of the struct; gated is 0 without swiglu. qkvg has gates beside its
+// heads, whatever their number: its rows are padded so that each begins at a multiple of 16 bytes in any dtype.
 static void activation_columns(const ts_config *config, int tp_size, int64_t columns[7]) {
     const int64_t D = config->hidden_size, F = config->intermediate_size / tp_size, d = config->head_dim;
     const int64_t H = config->n_heads / tp_size, KV = config->n_kv_heads / tp_size;
@@ -86,12 +87,20 @@ static void activation_columns(const ts_config *config, int tp_size, int64_t col
     columns[6] = is_gated ? F : 0;
 }
 
-size_t ts_model_activation_bytes(const ts_config *config, int tp_size, int64_t max_rows) {
+// A matrix of the activations, number i of the struct, at `data`. Returns the bytes it takes.
+static size_t place_activation(ts_tensor *tensor, int i, char *data, ts_dtype compute_dtype, int64_t max_rows,
+                               int64_t columns) {
+    *tensor = ts_tensor_of(data, i == 0 ? TS_F32 : compute_dtype, max_rows, columns);
+    tensor->stride = (columns + 7) / 8 * 8;
+    return ((size_t)(tensor->stride * max_rows) * ts_dtype_bytes(tensor->dtype) + 255) / 256 * 256;
+}
+
+size_t ts_model_activation_bytes(const ts_config *config, ts_dtype compute_dtype, int tp_size, int64_t max_rows) {
     int64_t columns[7];
     activation_columns(config, tp_size, columns);
     size_t bytes = 0;
     for (int i = 0; i < 7; i++)
-        bytes += ((size_t)(columns[i] * max_rows) * sizeof(float) + 255) / 256 * 256;
+        bytes += place_activation(&(ts_tensor){0}, i, NULL, compute_dtype, max_rows, columns[i]);
     return bytes;
 }
 
@@ -102,8 +111,9 @@ ts_status ts_model_reserve(ts_model *model, int64_t max_rows) {
     void *memory;
     if (max_rows <= act->max_rows)
         goto done;
-    TS_TRY(ts_device_alloc(model->device, ts_model_activation_bytes(&model->config, tp_size, max_rows), "activation",
-                           &memory));
+    const ts_dtype dtype = model->device->compute_dtype;
+    TS_TRY(ts_device_alloc(model->device, ts_model_activation_bytes(&model->config, dtype, tp_size, max_rows),
+                           "activation", &memory));
     ts_device_release(model->device, act->memory);
     act->memory = memory;
     act->max_rows = max_rows;
@@ -111,10 +121,8 @@ ts_status ts_model_reserve(ts_model *model, int64_t max_rows) {
     activation_columns(&model->config, tp_size, columns);
     ts_tensor *const tensors[7] = {&act->x, &act->h, &act->delta, &act->qkvg, &act->y, &act->up, &act->gated};
     char *at = memory;
-    for (int i = 0; i < 7; i++) {
-        *tensors[i] = ts_tensor_of(at, TS_F32, max_rows, columns[i]);
-        at += ((size_t)(columns[i] * max_rows) * sizeof(float) + 255) / 256 * 256;
-    }
+    for (int i = 0; i < 7; i++)
+        at += place_activation(tensors[i], i, at, dtype, max_rows, columns[i]);
     // A batch of single tokens can complete a tile a row.
     if (model->config.is_sparse && max_rows > model->max_tiles) {
         const size_t per_tile = (size_t)(model->config.n_kv_heads / tp_size) * sizeof(double);
@@ -127,10 +135,11 @@ done:
     return status;
 }
 
-// Sums the ranks' partial products.
+// Sums the ranks' partial products. Rows may be padded: the padding is summed along.
 static ts_status reduce(ts_model *model, ts_tensor t) {
-    assert(t.stride == t.cols && t.dtype == TS_F32);
-    return ts_group_all_reduce_sum(model->tp, t.data, (size_t)(t.rows * t.cols), t.dtype);
+    if (ts_group_size(model->tp) == 1)
+        return TS_OK;
+    return ts_group_all_reduce_sum(model->tp, t.data, (size_t)(t.rows * t.stride), t.dtype);
 }
 
 // x += residual; h = norm(x).
@@ -229,8 +238,8 @@ static ts_status reserve_logits(ts_model *model, int64_t n_rows) {
         goto done;
     TS_TRY(
         ts_device_alloc(model->device, (size_t)(n_rows * model->weights.head.rows) * sizeof(float), "logits", &logits));
-    TS_TRY(ts_device_alloc(model->device, (size_t)(n_rows * model->config.hidden_size) * sizeof(float), "activation",
-                           &selected));
+    TS_TRY(ts_device_alloc(model->device, (size_t)(n_rows * model->act.h.stride) * ts_dtype_bytes(model->act.h.dtype),
+                           "activation", &selected));
     ts_device_release(model->device, model->logits);
     ts_device_release(model->device, model->selected);
     model->logits = logits;
@@ -248,7 +257,9 @@ ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, 
     TS_TRY(reserve_logits(model, n_rows));
     const ts_tensor out = ts_tensor_of(model->logits, TS_F32, n_rows, model->weights.head.rows);
     if (rows) {
-        const ts_tensor selected = ts_tensor_of(model->selected, TS_F32, n_rows, model->config.hidden_size);
+        ts_tensor selected = h;
+        selected.data = model->selected;
+        selected.rows = n_rows;
         TS_TRY(ts_op_gather_rows(model->device, &(ts_gather_rows_args){h, rows, selected}));
         h = selected;
     }

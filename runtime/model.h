@@ -15,8 +15,9 @@
 typedef struct ts_model ts_model;
 
 // Reads config.json and this rank's shard of the weights in `dir` (docs/model.md, "Files"). Matrices keep the dtype of
-// the file; norms and biases become f32. Collective over `tp` only in that all ranks must load alike; no communication.
-// `device` and `tp` are borrowed until free. A missing, extra or misshapen tensor is an error that names it.
+// the file, but are rounded to BF16 on a device that computes in BF16; norms and biases become f32. Collective over
+// `tp` only in that all ranks must load alike; no communication. `device` and `tp` are borrowed until free. A missing,
+// extra or misshapen tensor is an error that names it.
 ts_status ts_model_load(ts_device *device, ts_group *tp, const char *dir, ts_model **out);
 void ts_model_free(ts_model *model);
 
@@ -27,8 +28,9 @@ size_t ts_model_weight_bytes(const ts_model *model); // of this rank
 // Activations for batches of up to max_rows rows. Call before the first forward, and again for larger batches.
 ts_status ts_model_reserve(ts_model *model, int64_t max_rows);
 
-// Bytes of activations that ts_model_reserve takes for a shard of the model: for the memory plan.
-size_t ts_model_activation_bytes(const ts_config *config, int tp_size, int64_t max_rows);
+// Bytes of activations that ts_model_reserve takes for a shard of the model on a device of this compute dtype: for the
+// memory plan.
+size_t ts_model_activation_bytes(const ts_config *config, ts_dtype compute_dtype, int tp_size, int64_t max_rows);
 
 // One pass over the batch: embeds, runs every layer, advances the cache; keeps the normed hidden states of all rows for
 // ts_model_logits. Collective over the tensor-parallel group: all ranks give the same batch.

@@ -25,7 +25,7 @@ struct ts_replica {
 ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, const ts_replica_options *options,
                             ts_replica **out) {
     ts_status status = TS_OK;
-    const ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
     const size_t n = (size_t)options->max_sequences;
     const int64_t max_rows =
         options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences;
@@ -35,6 +35,7 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     replica->tp = tp;
     replica->model = model;
     replica->options = *options;
+    shape.slot_dtype = options->slot_dtype;
     replica->rows = calloc(n, sizeof *replica->rows);
     replica->sampled = calloc(n, sizeof *replica->sampled);
     replica->logit_row = calloc(n, sizeof *replica->logit_row);

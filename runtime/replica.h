@@ -16,6 +16,7 @@ typedef struct ts_replica_options {
     int32_t max_sequences;
     int64_t n_pages;       // of the tile cache
     int64_t prefill_chunk; // most rows of a prefill step
+    ts_dtype slot_dtype;   // of held tile states (runtime/tile_cache.h)
 } ts_replica_options;
 
 // device, tp and model are borrowed until free. Not collective, but all ranks of tp must create alike.

@@ -50,7 +50,7 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
         {offsetof(ts_tile_cache_layer, mass), d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, pairs), 2 * sizeof(int64_t), false},
         {offsetof(ts_tile_cache_layer, n_held), sizeof(int32_t), false},
-        {offsetof(ts_tile_cache_layer, slot_state), d * d * ts_dtype_bytes(TS_F32), true},
+        {offsetof(ts_tile_cache_layer, slot_state), d * d * ts_dtype_bytes(shape->slot_dtype), true},
         {offsetof(ts_tile_cache_layer, slot_mass), d * sizeof(float), true},
         {offsetof(ts_tile_cache_layer, slot_decay_end), sizeof(double), true},
         {offsetof(ts_tile_cache_layer, slot_key), sizeof(double), true},
@@ -81,6 +81,7 @@ ts_tile_cache_shape ts_tile_cache_shape_of(const ts_config *config, int tp_size)
         .tile_size = config->tile_size,
         .is_sparse = config->is_sparse,
         .sparsity = config->sparsity,
+        .slot_dtype = TS_F32,
     };
 }
 
@@ -132,7 +133,7 @@ static ts_status create_layer(ts_tile_cache *cache, int32_t l) {
         .n_pages = cache->n_pages,
         .page_table_stride = cache->page_table_stride,
         .page_table = cache->page_table,
-        .slot_dtype = TS_F32,
+        .slot_dtype = shape->slot_dtype,
         .pruned = (const uint8_t *const *)cache->history.pruned,
     };
     char *at = cache->layer_memory[l];

@@ -23,8 +23,10 @@ typedef struct ts_tile_cache_shape {
     int32_t n_layers, n_heads, n_kv_heads, head_dim, tile_size;
     bool is_sparse;
     ts_sparsity sparsity;
+    ts_dtype slot_dtype; // of held tile states: F32, or BF16 where the backend stores it
 } ts_tile_cache_shape;
 
+// With slots of F32.
 ts_tile_cache_shape ts_tile_cache_shape_of(const ts_config *config, int tp_size);
 
 // Tiles that a KV head of a sequence of n_tokens can hold at once: pages to borrow. 0 in dense form.

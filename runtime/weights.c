@@ -73,6 +73,30 @@ static void widen(float *out, const char *in, ts_dtype dtype, int64_t n) {
     }
 }
 
+// Rounds to nearest, ties to even; NaN stays NaN.
+static uint16_t narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x)
+        return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// A row of the file in the dtype of the matrix: F32 or BF16, where that is not the file's.
+static void convert(char *out, ts_dtype to, const char *in, ts_dtype from, int64_t n) {
+    if (to == TS_F32) {
+        widen((float *)(void *)out, in, from, n);
+        return;
+    }
+    const size_t element = ts_dtype_bytes(from);
+    for (int64_t i = 0; i < n; i++) {
+        float wide;
+        widen(&wide, in + (size_t)i * element, from, 1);
+        const uint16_t half = narrow(wide);
+        memcpy(out + 2 * i, &half, sizeof half);
+    }
+}
+
 static ts_status store_add(ts_weight_store *store, size_t n_bytes, void **out) {
     ts_status status = TS_OK;
     if (store->n_blocks == store->capacity) {
@@ -89,8 +113,8 @@ done:
     return status;
 }
 
-// Stacks parts row upon row into one matrix on the device. It keeps the dtype of the file where all parts agree and
-// `force_f32` is not set, and is F32 otherwise.
+// Stacks parts row upon row into one matrix on the device: F32 where force_f32 is set, BF16 where the device computes
+// in it, else the dtype of the file where all parts agree and F32 where they do not.
 static ts_status load_stack(loader *load, const char *prefix, const weight_part *parts, int n_parts, bool force_f32,
                             ts_tensor *out) {
     ts_status status = TS_OK;
@@ -98,12 +122,14 @@ static ts_status load_stack(loader *load, const char *prefix, const weight_part 
     char *host = NULL;
     void *data;
     int64_t rows = 0;
+    bool agree = true;
     for (int i = 0; i < n_parts; i++) {
         TS_TRY(find_part(load, prefix, &parts[i], &tensors[i]));
         rows += parts[i].rows;
-        force_f32 = force_f32 || tensors[i]->dtype != tensors[0]->dtype;
+        agree = agree && tensors[i]->dtype == tensors[0]->dtype;
     }
-    const ts_dtype dtype = force_f32 ? TS_F32 : tensors[0]->dtype;
+    const bool narrows = load->store->device->compute_dtype == TS_BF16;
+    const ts_dtype dtype = force_f32 ? TS_F32 : narrows ? TS_BF16 : agree ? tensors[0]->dtype : TS_F32;
     const size_t row_bytes = (size_t)parts[0].cols * ts_dtype_bytes(dtype);
     host = malloc((size_t)rows * row_bytes);
     TS_CHECK(host, TS_ERR_MEMORY, "weights: out of memory for %zu bytes of \"%s%s\"", (size_t)rows * row_bytes, prefix,
@@ -117,7 +143,7 @@ static ts_status load_stack(loader *load, const char *prefix, const weight_part 
             if (tensors[i]->dtype == dtype)
                 memcpy(at, in, row_bytes);
             else
-                widen((float *)(void *)at, in, tensors[i]->dtype, parts[i].cols);
+                convert(at, dtype, in, tensors[i]->dtype, parts[i].cols);
         }
     }
     ts_device *device = load->store->device;

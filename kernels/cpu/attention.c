@@ -425,5 +425,8 @@ done:
 }
 
 ts_status TS_ISA(attention)(ts_device *device, const ts_attention_args *args) {
+    if (args->cache->is_sparse && args->cache->slot_dtype != TS_F32)
+        return TS_FAIL(TS_ERR_UNSUPPORTED, "cpu: attention: tile states of %s; F32 is stored",
+                       ts_dtype_name(args->cache->slot_dtype));
     return args->batch->decode ? decode(device, args) : prefill(device, args);
 }

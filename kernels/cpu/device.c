@@ -110,6 +110,7 @@ ts_status ts_cpu_device_create(int n_threads, ts_device **out) {
     device->base.ops = widest_ops();
     // OpenBLAS may round a row differently when more rows stand beside it.
     device->base.packs_prefill = false;
+    device->base.compute_dtype = TS_F32;
     device->n_threads = n_threads;
     openblas_set_num_threads(n_threads);
     *out = &device->base;

@@ -1,0 +1,128 @@
+// Eqs. (1) to (9) over a batch.
+//
+// Prefill: (1) tiles: features, decay and the states of the tiles that complete, every piece by itself; (2) rules:
+// which tile is held when; (3) select: S^ for every tile that follows a completed one; (4) outputs; (5) store: the
+// cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
+// recurrence.
+//
+// Decode: one kernel appends and answers; where tokens complete their tiles, passes 1, 2, 3 and 5 close those.
+#include "kernels/cuda/attention.h"
+
+static void *carve(char **at, size_t n_bytes) {
+    void *out = *at;
+    *at += (n_bytes + 255) / 256 * 256;
+    return out;
+}
+
+// Places the arrays from `memory` on, or measures where memory is NULL. Returns the bytes they take.
+static size_t place(ts_cuda_attention *a, char *memory) {
+    const size_t n_kv = (size_t)a->cache.n_kv_heads, d = (size_t)a->cache.head_dim;
+    const size_t n_pieces = (size_t)a->pieces.n_pieces, n_closed = (size_t)a->pieces.n_closed * n_kv;
+    const size_t n_rows = a->is_appended ? 0 : (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
+    const size_t n_slots = a->cache.is_sparse ? n_spans * (size_t)a->cache.page_table_stride : 0;
+    const size_t state_bytes = ts_dtype_bytes(a->cache.is_sparse ? a->cache.slot_dtype : TS_F32);
+    char *at = memory;
+    a->c = carve(&at, n_rows * sizeof *a->c);
+    a->gate = carve(&at, n_rows * sizeof *a->gate);
+    a->query_sums = carve(&at, n_pieces * n_kv * d * sizeof *a->query_sums);
+    a->tile_states = carve(&at, n_closed * d * d * state_bytes);
+    a->tile_masses = carve(&at, n_closed * d * sizeof *a->tile_masses);
+    a->tile_decays = carve(&at, n_closed * sizeof *a->tile_decays);
+    a->tile_sums = carve(&at, n_closed * sizeof *a->tile_sums);
+    a->tile_ends = carve(&at, n_closed * sizeof *a->tile_ends);
+    a->next_states = carve(&at, n_closed * d * d * ts_dtype_bytes(a->qkvg.dtype));
+    a->next_masses = carve(&at, n_closed * d * sizeof *a->next_masses);
+    a->tile_keys = carve(&at, n_closed * sizeof *a->tile_keys);
+    a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);
+    a->tile_slots = carve(&at, n_closed * sizeof *a->tile_slots);
+    a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
+    a->holes = carve(&at, n_slots * sizeof *a->holes);
+    a->joining_keys = carve(&at, (n_closed + n_spans * (size_t)a->n_lead) * sizeof *a->joining_keys);
+    const size_t n_lists = a->cache.is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
+    const size_t n_listed = n_lists * (size_t)a->list_stride;
+    a->list_at = carve(&at, n_listed * sizeof *a->list_at);
+    a->list_weights = carve(&at, n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
+    a->list_lengths = carve(&at, n_lists * sizeof *a->list_lengths);
+    return (size_t)(at - memory);
+}
+
+// Finds out the pieces of the batch and gives them and the passes their memory.
+static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_closing, ts_cuda_attention *a) {
+    ts_status status = TS_OK;
+    const int64_t T = a->cache.tile_size;
+    int64_t most_lead = 0;
+    void *scratch;
+    ts_cuda_pieces_count(batch, (int32_t)T, only_closing, &a->pieces);
+    if (a->pieces.n_pieces == 0)
+        goto done;
+    for (int32_t s = 0; s < batch->n_spans; s++) {
+        const int64_t before = batch->spans[s].position / T;
+        const int64_t events = ts_span_tiles_completed(&batch->spans[s], (int32_t)T);
+        most_lead = before > most_lead ? before : most_lead;
+        a->most_events = events > a->most_events ? events : a->most_events;
+    }
+    a->n_lead = most_lead < a->cache.sparsity.recent_tiles ? (int32_t)most_lead : a->cache.sparsity.recent_tiles;
+    a->list_stride = a->cache.page_table_stride + a->most_events;
+    const size_t pieces_bytes = ts_cuda_pieces_bytes(&a->pieces);
+    TS_TRY(ts_cuda_device_scratch(device, pieces_bytes + place(a, NULL), &scratch));
+    place(a, (char *)scratch + pieces_bytes);
+    TS_TRY(
+        ts_cuda_pieces_make(ts_cuda_device_of(device)->stream, batch, (int32_t)T, only_closing, scratch, &a->pieces));
+done:
+    return status;
+}
+
+static ts_status prefill(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
+    ts_status status = TS_OK;
+    cudaStream_t stream = ts_cuda_device_of(device)->stream;
+    TS_TRY(prepare(device, batch, false, a));
+    TS_TRY(ts_cuda_attention_tiles(stream, a));
+    TS_TRY(ts_cuda_tile_rules(stream, a));
+    TS_TRY(ts_cuda_tile_select(stream, a));
+    TS_TRY(ts_cuda_attention_outputs(stream, a));
+    TS_TRY(ts_cuda_tile_store(stream, a));
+done:
+    return status;
+}
+
+static ts_status decode(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
+    ts_status status = TS_OK;
+    cudaStream_t stream = ts_cuda_device_of(device)->stream;
+    a->pieces.n_spans = batch->n_spans;
+    TS_TRY(ts_cuda_attention_decode(stream, a));
+    a->is_appended = true;
+    TS_TRY(prepare(device, batch, true, a));
+    if (a->pieces.n_pieces == 0)
+        goto done;
+    TS_TRY(ts_cuda_attention_tiles(stream, a));
+    TS_TRY(ts_cuda_tile_rules(stream, a));
+    TS_TRY(ts_cuda_tile_select(stream, a));
+    TS_TRY(ts_cuda_tile_store(stream, a));
+done:
+    return status;
+}
+
+static bool is_aligned(const ts_tensor *tensor) {
+    return ((uintptr_t)tensor->data | (size_t)tensor->stride * ts_dtype_bytes(tensor->dtype)) % 16 == 0;
+}
+
+ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *args) {
+    ts_status status = TS_OK;
+    ts_cuda_attention a = {
+        .cache = *args->cache,
+        .spans = args->batch->device_spans,
+        .n_rows = args->batch->n_rows,
+        .qkvg = args->qkvg,
+        .y = args->y,
+        .decay_temperature = args->decay_temperature,
+        .normalizer_eps = (float)args->normalizer_eps,
+    };
+    TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
+    TS_CHECK(args->qkvg.dtype == args->y.dtype && is_aligned(&args->qkvg) && is_aligned(&args->y), TS_ERR_INVALID,
+             "cuda: attention: qkvg and y must have one dtype and rows that begin at multiples of 16 bytes");
+    TS_CHECK(!a.cache.is_sparse || a.cache.slot_dtype == TS_F32 || a.cache.slot_dtype == TS_BF16, TS_ERR_UNSUPPORTED,
+             "cuda: attention: tile states of %s; F32 and BF16 are stored", ts_dtype_name(a.cache.slot_dtype));
+    TS_TRY(args->batch->decode ? decode(device, args->batch, &a) : prefill(device, args->batch, &a));
+done:
+    return status;
+}

@@ -1,0 +1,88 @@
+// Device side of attention.h: where things lie.
+#ifndef TS_CUDA_ATTENTION_CUH
+#define TS_CUDA_ATTENTION_CUH
+
+#include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/attention.h"
+
+namespace ts {
+
+// Calls launch<A, S, D>(stream, a): A activations, S tile states, D head size.
+#define TS_ATTENTION_DISPATCH(launch, stream, a)                                                                       \
+    do {                                                                                                               \
+        const bool wide_slots = !(a)->cache.is_sparse || (a)->cache.slot_dtype == TS_F32;                              \
+        const bool d64 = (a)->cache.head_dim == 64;                                                                    \
+        if ((a)->qkvg.dtype == TS_F32) {                                                                               \
+            if (wide_slots)                                                                                            \
+                d64 ? launch<float, float, 64>(stream, a) : launch<float, float, 128>(stream, a);                      \
+            else                                                                                                       \
+                d64 ? launch<float, ts::bf16, 64>(stream, a) : launch<float, ts::bf16, 128>(stream, a);                \
+        } else {                                                                                                       \
+            if (wide_slots)                                                                                            \
+                d64 ? launch<ts::bf16, float, 64>(stream, a) : launch<ts::bf16, float, 128>(stream, a);                \
+            else                                                                                                       \
+                d64 ? launch<ts::bf16, ts::bf16, 64>(stream, a) : launch<ts::bf16, ts::bf16, 128>(stream, a);          \
+        }                                                                                                              \
+    } while (0)
+
+// One row of qkvg.
+template <typename A> struct token_row { const A *q, *k, *v, *key_gate, *decay_gate; };
+
+template <typename A, int D> __device__ __forceinline__ token_row<A> row_of(const ts_cuda_attention &a, int64_t row) {
+    const int n_heads = a.cache.n_heads, n_kv = a.cache.n_kv_heads;
+    const A *q = (const A *)a.qkvg.data + row * a.qkvg.stride;
+    const A *k = q + n_heads * D, *v = k + n_kv * D, *gates = v + n_kv * D;
+    return {q, k, v, gates, gates + n_kv};
+}
+
+// Index of a KV head of a sequence in the cache's per-sequence arrays.
+__device__ __forceinline__ int64_t head_of(const ts_cuda_attention &a, int32_t sequence, int j) {
+    return (int64_t)sequence * a.cache.n_kv_heads + j;
+}
+
+// Index of a slot in the cache's per-page arrays.
+__device__ __forceinline__ int64_t page_of(const ts_cuda_attention &a, int32_t sequence, int j, int64_t slot) {
+    return (int64_t)j * a.cache.n_pages + a.cache.page_table[sequence * a.cache.page_table_stride + slot];
+}
+
+// Tile of a span's event 0.
+__device__ __forceinline__ int64_t first_tile_of(const ts_cuda_attention &a, int32_t span) {
+    return a.spans[span].position / a.cache.tile_size;
+}
+
+// Rows of keys and values of the tile a piece belongs to, from its first token: where they were projected, or the open
+// buffers, to which the tiles pass has appended the piece.
+template <typename A, int D> struct tile_keys {
+    const A *k, *v;
+    int64_t stride;
+    const float *gate;
+    const float *open_k, *open_v; // NULL: k and v are meant
+    const double *c;
+
+    __device__ tile_keys(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j) {
+        const token_row<A> row = row_of<A, D>(a, piece.row);
+        const int64_t at = head_of(a, piece.sequence, j) * a.cache.tile_size;
+        const bool is_open = piece.first > 0;
+        k = row.k + j * D;
+        v = row.v + j * D;
+        stride = a.qkvg.stride;
+        gate = a.gate + j * a.n_rows + piece.row;
+        open_k = is_open ? a.cache.open_k + at * D : NULL;
+        open_v = is_open ? a.cache.open_v + at * D : NULL;
+        c = is_open ? a.cache.open_c + at : a.c + j * a.n_rows + piece.row;
+    }
+    // k^ at token m, elements e .. e + 3.
+    __device__ float4 key(int m, int e) const {
+        if (open_k)
+            return load4(open_k + m * D + e);
+        const float4 x = load4(k + m * stride + e);
+        const float g = gate[m];
+        return make_float4(g * elu1(x.x), g * elu1(x.y), g * elu1(x.z), g * elu1(x.w));
+    }
+    __device__ float4 value(int m, int e) const {
+        return open_v ? load4(open_v + m * D + e) : load4(v + m * stride + e);
+    }
+};
+
+} // namespace ts
+#endif

@@ -1,0 +1,353 @@
+// First pass of prefill, one block a piece and KV head: what depends on the piece's own tokens alone. Decay is summed
+// in f64; the state of a tile that completes is a [d, T] by [T, d] product accumulated in f32, of BF16 operands where
+// the activations are BF16. z is summed from k^ before that rounding.
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
+
+#include <type_traits>
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 64; // keys staged in shared memory at a time
+constexpr int kMaxTile = 128;
+
+// Inclusive sums over kMaxTile threads; the rest pass through.
+__device__ double scan_tile(double x, double *totals) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const double y = __shfl_up_sync(~0u, x, step);
+        if (lane >= step)
+            x += y;
+    }
+    if (lane == 31)
+        totals[warp] = x;
+    __syncthreads();
+    for (int i = 0; i < warp && warp < kMaxTile / 32; i++)
+        x += totals[i];
+    return x;
+}
+
+// S = sum over keys of reach k^ v^T, both staged as f32; adds the keys that this thread stages to *mass.
+template <typename A, typename S, int D>
+__device__ void plain_state(const ts::tile_keys<A, D> &tile, int T, const float *reach_of, float *keys, S *state,
+                            float4 *mass) {
+    float *values = keys + kChunk * D; // [kChunk, D] each
+    const int tid = threadIdx.x;
+    constexpr int R = D / 64; // a thread's 4 x 4 blocks lie 64 rows and columns apart
+    const int ty = tid / 16 * 4, tx = tid % 16 * 4;
+    float acc[R][R][4][4] = {};
+    for (int m0 = 0; m0 < T; m0 += kChunk) {
+        __syncthreads();
+        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
+            const int m = i / (D / 4), e = i % (D / 4) * 4;
+            const float reach = reach_of[m0 + m];
+            float4 k = tile.key(m0 + m, e);
+            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
+            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
+            ts::store4(keys + m * D + e, k);
+            ts::store4(values + m * D + e, tile.value(m0 + m, e));
+        }
+        __syncthreads();
+        for (int m = 0; m < kChunk; m++) {
+            float4 k[R], v[R];
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                k[r] = ts::load4(keys + m * D + r * 64 + ty);
+                v[r] = ts::load4(values + m * D + r * 64 + tx);
+            }
+#pragma unroll
+            for (int r = 0; r < R; r++)
+#pragma unroll
+                for (int q = 0; q < R; q++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float x = i == 0 ? k[r].x : i == 1 ? k[r].y : i == 2 ? k[r].z : k[r].w;
+                        acc[r][q][i][0] += x * v[q].x;
+                        acc[r][q][i][1] += x * v[q].y;
+                        acc[r][q][i][2] += x * v[q].z;
+                        acc[r][q][i][3] += x * v[q].w;
+                    }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int q = 0; q < R; q++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                ts::store4(state + (r * 64 + ty + i) * D + q * 64 + tx,
+                           make_float4(acc[r][q][i][0], acc[r][q][i][1], acc[r][q][i][2], acc[r][q][i][3]));
+}
+
+// The same through the matrix units: a warp computes 16 rows of S and D / kSplit of its columns.
+template <typename S, int D>
+__device__ void matrix_state(const ts::tile_keys<ts::bf16, D> &tile, int T, const float *reach_of, ts::bf16 *keys,
+                             S *state, float4 *mass) {
+    constexpr int L = D + 8, kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+    ts::bf16 *values = keys + kChunk * L;
+    const int tid = threadIdx.x, lane = tid % 32, row = tid / 32 % (D / 16) * 16,
+              column = tid / 32 / (D / 16) * kColumns;
+    float acc[kColumns / 8][4] = {};
+    for (int m0 = 0; m0 < T; m0 += kChunk) {
+        __syncthreads();
+#pragma unroll 4
+        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
+            const int m = i / (D / 4), e = i % (D / 4) * 4;
+            const float reach = reach_of[m0 + m];
+            float4 k = tile.key(m0 + m, e);
+            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
+            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
+            ts::store4(keys + m * L + e, k);
+            ts::store4(values + m * L + e, tile.value(m0 + m, e));
+        }
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < kChunk; m += 16) {
+            uint32_t k[4];
+            ts::load_a_transposed(k, keys, L, row, m);
+#pragma unroll
+            for (int n = 0; n < kColumns / 16; n++) {
+                uint32_t v[4];
+                ts::load_b(v, values, L, m, column + 16 * n);
+                ts::multiply_add(acc[2 * n], k, v[0], v[1]);
+                ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n++) {
+        S *out = state + (row + lane / 4) * D + column + 8 * n + lane % 4 * 2;
+        ts::store(out, acc[n][0]);
+        ts::store(out + 1, acc[n][1]);
+        ts::store(out + 8 * D, acc[n][2]);
+        ts::store(out + 8 * D + 1, acc[n][3]);
+    }
+}
+
+// A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
+// before the first is needed, and nothing is read twice.
+template <typename S, int D>
+__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage, double *c_of,
+                           float *gate_of, double *totals) {
+    constexpr int L = D + 8, kVectors = D / 8, kRows = kThreads / kVectors, kItems = kChunk / kRows;
+    constexpr int kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+    ts::bf16 *keys = (ts::bf16 *)stage, *values = keys + kChunk * L;
+    float *query_shares = (float *)(values + kChunk * L), *mass_shares = query_shares + kRows * D; // [kRows, D] each
+    const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads, group = a.cache.n_heads / n_kv;
+    const int r0 = tid / kVectors, column = tid % kVectors * 8;
+    const int64_t stride = a.qkvg.stride;
+    const ts::token_row<ts::bf16> first = ts::row_of<ts::bf16, D>(a, piece.row);
+    uint4 raw_k[kItems], raw_v[kItems], raw_q[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        const int64_t at = (r0 + i * kRows) * stride + j * D + column;
+        raw_k[i] = ts::load_raw(first.k + at);
+        raw_v[i] = ts::load_raw(first.v + at);
+        raw_q[i] = ts::load_raw(first.q + at + j * (group - 1) * D);
+    }
+    double decay = 0;
+    if (tid < kChunk) {
+        decay = ts::log_decay(first.decay_gate + tid * stride + j, a.decay_temperature);
+        gate_of[tid] = ts::key_gate(first.key_gate + tid * stride + j);
+    }
+    const double c = scan_tile(decay, totals);
+    if (tid < kChunk) {
+        c_of[tid] = c;
+        a.c[j * a.n_rows + piece.row + tid] = c;
+        a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
+    }
+    float sums[8] = {};
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        float x[8];
+        ts::unpack(raw_q[i], x);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            sums[e] += ts::elu1_fast(x[e]);
+        for (int h = 1; h < group; h++) {
+            ts::unpack(ts::load_raw(first.q + (r0 + i * kRows) * stride + (j * group + h) * D + column), x);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                sums[e] += ts::elu1_fast(x[e]);
+        }
+    }
+    ts::store4(query_shares + r0 * D + column, make_float4(sums[0], sums[1], sums[2], sums[3]));
+    ts::store4(query_shares + r0 * D + column + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
+    __syncthreads();
+    const double c_last = c_of[kChunk - 1];
+    float masses[8] = {};
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+        const int m = r0 + i * kRows;
+        const float scale = gate_of[m] * ts::reach_of(c_last - c_of[m]);
+        float x[8];
+        ts::unpack(raw_k[i], x);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            x[e] = scale * ts::elu1_fast(x[e]);
+            masses[e] += x[e];
+        }
+        ts::store_packed(keys + m * L + column, x);
+        *(uint4 *)(values + m * L + column) = raw_v[i];
+    }
+    ts::store4(mass_shares + r0 * D + column, make_float4(masses[0], masses[1], masses[2], masses[3]));
+    ts::store4(mass_shares + r0 * D + column + 4, make_float4(masses[4], masses[5], masses[6], masses[7]));
+    __syncthreads();
+    const int lane = tid % 32, row = tid / 32 % (D / 16) * 16, begin = tid / 32 / (D / 16) * kColumns;
+    float acc[kColumns / 8][4] = {};
+#pragma unroll
+    for (int m = 0; m < kChunk; m += 16) {
+        uint32_t k[4];
+        ts::load_a_transposed(k, keys, L, row, m);
+#pragma unroll
+        for (int n = 0; n < kColumns / 16; n++) {
+            uint32_t v[4];
+            ts::load_b(v, values, L, m, begin + 16 * n);
+            ts::multiply_add(acc[2 * n], k, v[0], v[1]);
+            ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
+        }
+    }
+    const int64_t at = piece.closed * n_kv + j;
+    S *state = (S *)a.tile_states + at * D * D + (row + lane / 4) * D + begin + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n++) {
+        ts::store2(state + 8 * n, acc[n][0], acc[n][1]);
+        ts::store2(state + 8 * D + 8 * n, acc[n][2], acc[n][3]);
+    }
+    float query = 0, mass = 0;
+    if (tid < D) {
+#pragma unroll 8
+        for (int i = 0; i < kRows; i++) {
+            query += query_shares[i * D + tid];
+            mass += mass_shares[i * D + tid];
+        }
+        a.query_sums[((int64_t)blockIdx.x * n_kv + j) * D + tid] = query / (float)(kChunk * group);
+        a.tile_masses[at * D + tid] = mass;
+    }
+    const double sum = ts::block_sum((double)mass, totals);
+    if (tid == 0) {
+        a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
+        a.tile_decays[j * a.pieces.n_closed + piece.closed] = c_last;
+    }
+}
+
+template <typename A, typename S, int D>
+__global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
+    extern __shared__ float4 stage[];
+    constexpr bool kMatrix = std::is_same<A, ts::bf16>::value;
+    __shared__ float reach_of[kMaxTile];
+    __shared__ double c_of[kMaxTile], totals[kThreads / 32];
+    __shared__ float gate_of[kMaxTile];
+    const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads, T = a.cache.tile_size;
+    const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
+    const int64_t head = ts::head_of(a, piece.sequence, j), open = head * T;
+    const int group = a.cache.n_heads / n_kv;
+    const bool closes = piece.closed >= 0;
+    if constexpr (kMatrix)
+        if (T == kChunk && piece.n_tokens == kChunk) {
+            whole_tile<S, D>(a, piece, j, stage, c_of, gate_of, totals);
+            return;
+        }
+    const float mean = closes ? 1.0f / (float)(T * group) : 1.0f;
+    float *query_sum = a.query_sums + ((int64_t)blockIdx.x * n_kv + j) * D;
+
+    if (a.is_appended) {
+        if (tid < D)
+            query_sum[tid] = mean * a.cache.query_sum[head * D + tid];
+    } else {
+        const bool mine = tid < piece.n_tokens;
+        double decay = 0;
+        if (mine) {
+            const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + tid);
+            decay = ts::log_decay(row.decay_gate + j, a.decay_temperature);
+            gate_of[tid] = ts::key_gate(row.key_gate + j);
+        }
+        double c = scan_tile(decay, totals);
+        if (mine) {
+            if (piece.first > 0)
+                c += a.cache.open_c[open + piece.first - 1];
+            c_of[tid] = c;
+            a.c[j * a.n_rows + piece.row + tid] = c;
+            a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
+        }
+        constexpr int kVectors = D / 4, kShares = kThreads / kVectors;
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int i = tid / kVectors; i < piece.n_tokens; i += kShares) {
+            const A *q = ts::row_of<A, D>(a, piece.row + i).q + j * group * D + tid % kVectors * 4;
+            for (int h = 0; h < group; h++) {
+                const float4 x = ts::load4(q + h * D);
+                sum.x += ts::elu1(x.x), sum.y += ts::elu1(x.y), sum.z += ts::elu1(x.z), sum.w += ts::elu1(x.w);
+            }
+        }
+        stage[tid] = sum;
+        __syncthreads();
+        if (tid < D) {
+            float all = 0;
+            for (int share = 0; share < kShares; share++)
+                all += ((const float *)stage)[share * D + tid];
+            if (piece.first > 0)
+                all += a.cache.query_sum[head * D + tid];
+            query_sum[tid] = mean * all;
+        }
+        if (piece.first > 0) {
+            for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
+                const int m = i / D, e = i % D;
+                const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + m);
+                a.cache.open_k[(open + piece.first + m) * D + e] = gate_of[m] * ts::elu1(ts::load(row.k + j * D + e));
+                a.cache.open_v[(open + piece.first + m) * D + e] = ts::load(row.v + j * D + e);
+            }
+            if (mine)
+                a.cache.open_c[open + piece.first + tid] = c_of[tid];
+        }
+        __syncthreads();
+    }
+    if (!closes)
+        return;
+
+    const ts::tile_keys<A, D> tile(a, piece, j);
+    const double c_last = tile.c[T - 1];
+    if (tid < T)
+        reach_of[tid] = ts::reach_of(c_last - tile.c[tid]);
+    const int64_t at = piece.closed * n_kv + j;
+    S *state = (S *)a.tile_states + at * D * D;
+    float4 mass4 = make_float4(0, 0, 0, 0);
+    if constexpr (kMatrix)
+        matrix_state<S, D>(tile, T, reach_of, (ts::bf16 *)stage, state, &mass4);
+    else
+        plain_state<A, S, D>(tile, T, reach_of, (float *)stage, state, &mass4);
+    // A thread has staged columns 4 (tid % (D / 4)) + {0 .. 3} of every kThreads / (D / 4)-th key.
+    __syncthreads();
+    constexpr int kShares = kThreads / (D / 4);
+    float4 *shares = stage;
+    shares[tid] = mass4;
+    __syncthreads();
+    double mass = 0;
+    if (tid < D)
+        for (int i = 0; i < kShares; i++)
+            mass += (double)((const float *)shares)[i * D + tid];
+    if (tid < D)
+        a.tile_masses[at * D + tid] = (float)mass;
+    const double sum = ts::block_sum(tid < D ? (double)(float)mass : 0.0, totals);
+    if (tid == 0) {
+        a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
+        a.tile_decays[j * a.pieces.n_closed + piece.closed] = c_last;
+    }
+}
+
+template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+    const int of_f32 = 2 * kChunk * D * (int)sizeof(float);
+    const int of_bf16 = 2 * kChunk * (D + 8) * (int)sizeof(ts::bf16) + 2 * kThreads * 8 * (int)sizeof(float);
+    const int bytes = std::is_same<A, float>::value ? of_f32 : of_bf16;
+    (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    tiles_kernel<A, S, D>
+        <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
+}
+
+} // namespace
+
+ts_status ts_cuda_attention_tiles(cudaStream_t stream, const ts_cuda_attention *a) {
+    TS_ATTENTION_DISPATCH(launch, stream, a);
+    return ts_cuda_status(cudaGetLastError(), "attention: states of tiles");
+}

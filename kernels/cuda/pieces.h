@@ -1,0 +1,46 @@
+// Inside the CUDA backend only. A piece is the part of one tile that a span covers; the kernels that work tile by tile
+// take one block a piece (and head). The list is made on the device from the batch's spans.
+#ifndef TS_CUDA_PIECES_H
+#define TS_CUDA_PIECES_H
+
+#include "kernels/cuda/device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { TS_CUDA_GROUP = 16 };
+
+typedef struct ts_cuda_piece {
+    int32_t span, sequence;
+    int32_t n_tokens, first; // first: its place in the tile, 0 or the tokens already open
+    int64_t row;             // first row of the batch
+    int64_t tile;            // index of the tile in its sequence
+    int64_t closed;          // index among the completed tiles of the batch; -1 where the tile stays open
+    int32_t begins_span, ends_span;
+} ts_cuda_piece;
+
+typedef struct ts_cuda_pieces {
+    int32_t n_spans;
+    int64_t n_pieces, n_closed, n_groups;
+    ts_cuda_piece *at;      // [n_pieces]
+    int64_t *begin;         // [n_spans + 1] first piece of each span
+    int64_t *closed_begin;  // [n_spans + 1] first completed tile of each span
+    int64_t *closed_pieces; // [n_closed] the piece that completes each
+    int64_t *group_begin;   // [n_spans + 1] completed tiles of a span in groups of up to TS_CUDA_GROUP: first group
+} ts_cuda_pieces;
+
+// Counts the pieces of a batch, on the host. only_closing: of spans whose last token completes a tile, that token
+// alone (for decode).
+void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, bool only_closing, ts_cuda_pieces *out);
+
+size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces);
+
+// Places the arrays in `memory` (ts_cuda_pieces_bytes, aligned to 256 bytes) and enqueues the kernel that fills them.
+ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, bool only_closing,
+                              void *memory, ts_cuda_pieces *pieces);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

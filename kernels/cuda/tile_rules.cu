@@ -1,0 +1,281 @@
+// Rules 1 and 2 for all events of a batch at once, and what follows from them: which tile goes to which slot.
+//
+// A tile joins the old ones of its lane at event (tile + recent_tiles), counted in tiles, and must leave at the event
+// where the number of better old tiles of its lane reaches the lane's room. Keys never change and a tile that left is
+// worse than as many tiles as the lane has room for, so counting every tile of the lane that has joined, held or not,
+// gives the same event as keeping the list step by step. That makes each tile's end independent of the others' and the
+// whole a parallel pass over a few numbers a tile.
+#include "kernels/cuda/attention.cuh"
+
+#include <limits.h>
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int64_t kManyBlocks = 8192; // more than the device runs at a time
+
+__device__ double *joining_of(const ts_cuda_attention &a, int s, int j) {
+    const int64_t per_head = a.pieces.n_closed + (int64_t)a.pieces.n_spans * a.n_lead;
+    return a.joining_keys + j * per_head + a.pieces.closed_begin[s] + (int64_t)s * a.n_lead;
+}
+
+__device__ bool may_compete(const ts_cuda_attention &a, int32_t sequence, int64_t tile) {
+    return tile >= a.cache.sparsity.sink_tiles && !a.cache.pruned[sequence][tile];
+}
+
+// E and keys, one block a span and KV head.
+__global__ void ends_kernel(const __grid_constant__ ts_cuda_attention a) {
+    __shared__ double decays[kThreads];
+    const int s = blockIdx.x, j = blockIdx.y, tid = threadIdx.x;
+    const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
+    if (n == 0)
+        return;
+    const int32_t sequence = a.spans[s].sequence;
+    const int64_t head = ts::head_of(a, sequence, j), base = j * a.pieces.n_closed + begin;
+    double end = a.cache.decay_end[head];
+    for (int64_t i0 = 0; i0 < n; i0 += kThreads) {
+        __syncthreads();
+        if (i0 + tid < n)
+            decays[tid] = a.tile_decays[base + i0 + tid];
+        __syncthreads();
+        if (tid == 0)
+            for (int i = 0; i < kThreads && i0 + i < n; i++)
+                decays[i] = end += decays[i];
+        __syncthreads();
+        if (i0 + tid < n)
+            a.tile_ends[base + i0 + tid] = decays[tid];
+    }
+    if (!a.cache.is_sparse)
+        return;
+    const int64_t first_tile = ts::first_tile_of(a, s);
+    double *joining = joining_of(a, s, j);
+    for (int i = tid; i < a.n_lead; i += kThreads)
+        joining[i] = NAN; // better than no key
+    __syncthreads();
+    for (int i = tid; i < a.cache.n_held[head]; i += kThreads) {
+        const int64_t page = ts::page_of(a, sequence, j, i), tile = a.cache.slot_tile[page];
+        if (tile >= first_tile - a.n_lead && may_compete(a, sequence, tile))
+            joining[tile - first_tile + a.n_lead] = a.cache.slot_key[page];
+    }
+    for (int64_t i = tid; i < n; i += kThreads) {
+        const double key = log(a.tile_sums[base + i]) - a.tile_ends[base + i];
+        a.tile_keys[base + i] = key;
+        joining[a.n_lead + i] = may_compete(a, sequence, first_tile + i) ? key : NAN;
+    }
+}
+
+__device__ bool is_better(double key, int64_t tile, double than_key, int64_t than_tile) {
+    return key > than_key || (key == than_key && tile > than_tile);
+}
+
+// The event at which a tile stops being held. A warp works it out together, 32 tiles of the lane at a time.
+__device__ int32_t death_of(const ts_cuda_attention &a, int s, int j, int32_t sequence, int64_t tile, double key,
+                            int n_held) {
+    const ts_sparsity &rules = a.cache.sparsity;
+    const int64_t first_tile = ts::first_tile_of(a, s);
+    const int64_t n = a.pieces.closed_begin[s + 1] - a.pieces.closed_begin[s];
+    const int64_t first_joining = first_tile - rules.recent_tiles; // the tile that event 0 makes old
+    if (tile < rules.sink_tiles || tile - first_joining >= n)
+        return INT_MAX;
+    const bool joins = tile >= first_joining;
+    if (joins && a.cache.pruned[sequence][tile])
+        return (int32_t)(tile - first_joining);
+    if (rules.cache_tiles == 0)
+        return INT_MAX;
+    const int64_t room = rules.cache_tiles / rules.cache_lanes, lanes = rules.cache_lanes;
+    const int lane = threadIdx.x % 32;
+    int64_t n_better = 0;
+    for (int i0 = 0; i0 < n_held; i0 += 32) {
+        bool better = false;
+        if (i0 + lane < n_held) {
+            const int64_t page = ts::page_of(a, sequence, j, i0 + lane), other = a.cache.slot_tile[page];
+            better = other < first_joining && other >= rules.sink_tiles && other % lanes == tile % lanes &&
+                     is_better(a.cache.slot_key[page], other, key, tile);
+        }
+        n_better += __popc(__ballot_sync(~0u, better));
+    }
+    int64_t first = first_joining > 0 ? first_joining : 0;
+    first += ((tile - first) % lanes + lanes) % lanes;
+    const double *joining = joining_of(a, s, j) + a.n_lead - first_tile; // by tile
+    for (; first < first_joining + n; first += 32 * lanes) {
+        const int64_t other = first + lane * lanes;
+        const bool there = other < first_joining + n;
+        const unsigned better = __ballot_sync(~0u, there && is_better(joining[other], other, key, tile));
+        const unsigned itself = __ballot_sync(~0u, there && other == tile);
+        // Those after which the tile can leave: all, or those that join after it.
+        const unsigned later = __ballot_sync(~0u, !joins || other > tile);
+        n_better += __popc(better & ~later);
+        if (joins && itself && n_better >= room)
+            return (int32_t)(tile - first_joining);
+        const int n_later = __popc(better & later);
+        if (n_better + n_later >= room && n_later > 0) {
+            const int at = (int)__fns(better & later, 0, (int)(room - n_better));
+            return (int32_t)(first + at * lanes - first_joining);
+        }
+        n_better += n_later;
+    }
+    return INT_MAX;
+}
+
+__global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
+    const int s = blockIdx.y, j = blockIdx.z;
+    const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
+    if (n == 0)
+        return;
+    const int32_t sequence = a.spans[s].sequence;
+    const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
+    const bool leads = threadIdx.x % 32 == 0;
+    for (int64_t i = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32; i < n_held + n;
+         i += (int64_t)gridDim.x * kWarps) {
+        if (i < n_held) {
+            const int64_t page = ts::page_of(a, sequence, j, i);
+            const int32_t death = death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
+            if (leads)
+                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride + i] = death;
+        } else {
+            const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
+            const int32_t death = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
+            if (leads)
+                a.tile_deaths[at] = death;
+        }
+    }
+}
+
+// This thread's rank among those of the block with `mine`, and their number.
+__device__ int rank_in_block(bool mine, int *counts, int *total) {
+    const unsigned votes = __ballot_sync(~0u, mine);
+    const int warp = threadIdx.x / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        counts[warp] = __popc(votes);
+    __syncthreads();
+    int before = __popc(votes & ((1u << (threadIdx.x % 32)) - 1)), sum = 0;
+    for (int i = 0; i < kThreads / 32; i++) {
+        before += i < warp ? counts[i] : 0;
+        sum += counts[i];
+    }
+    *total = sum;
+    return before;
+}
+
+// Slots of the tiles that stay: first those that dropped tiles leave, then new ones. A sequence never holds fewer tiles
+// than before, so no hole remains.
+__global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
+    __shared__ int counts[kThreads / 32];
+    const int s = blockIdx.x, j = blockIdx.y;
+    const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
+    if (n == 0)
+        return;
+    const int64_t head = ts::head_of(a, a.spans[s].sequence, j);
+    const int64_t held_at = ((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride;
+    const int n_held = a.cache.n_held[head];
+    int n_holes = 0, n_stored = 0;
+    for (int i0 = 0; i0 < n_held; i0 += kThreads) {
+        const int i = i0 + (int)threadIdx.x;
+        const bool dies = i < n_held && a.held_deaths[held_at + i] != INT_MAX;
+        int total;
+        const int rank = rank_in_block(dies, counts, &total);
+        if (dies)
+            a.holes[held_at + n_holes + rank] = i;
+        n_holes += total;
+    }
+    __syncthreads();
+    for (int64_t i0 = 0; i0 < n; i0 += kThreads) {
+        const int64_t i = i0 + threadIdx.x, at = j * a.pieces.n_closed + begin + i;
+        const bool stays = i < n && a.tile_deaths[at] == INT_MAX;
+        int total;
+        const int rank = n_stored + rank_in_block(stays, counts, &total);
+        if (i < n)
+            a.tile_slots[at] = !stays ? -1 : rank < n_holes ? a.holes[held_at + rank] : n_held + rank - n_holes;
+        n_stored += total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        a.cache.n_held[head] = n_held + n_stored - n_holes;
+}
+
+template <typename S, int D> __global__ void store_kernel(const __grid_constant__ ts_cuda_attention a) {
+    const int64_t closed = blockIdx.x, at = blockIdx.y * a.pieces.n_closed + closed;
+    const int j = blockIdx.y, slot = a.tile_slots[at];
+    if (slot < 0)
+        return;
+    const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[closed]];
+    const int64_t page = ts::page_of(a, piece.sequence, j, slot), from = closed * a.cache.n_kv_heads + j;
+    constexpr int kVectors = D * D * (int)sizeof(S) / 16;
+    const uint4 *state = (const uint4 *)((const S *)a.tile_states + from * D * D);
+    uint4 *out = (uint4 *)((S *)a.cache.slot_state + page * D * D);
+    for (int i = threadIdx.x; i < kVectors; i += kThreads)
+        out[i] = state[i];
+    if (threadIdx.x < D)
+        a.cache.slot_mass[page * D + threadIdx.x] = a.tile_masses[from * D + threadIdx.x];
+    if (threadIdx.x == 0) {
+        a.cache.slot_decay_end[page] = a.tile_ends[at];
+        a.cache.slot_key[page] = a.tile_keys[at];
+        a.cache.slot_tile[page] = piece.tile;
+    }
+}
+
+// What the span leaves behind it.
+template <typename A, int D> __global__ void leave_kernel(const __grid_constant__ ts_cuda_attention a) {
+    const int s = blockIdx.x, j = blockIdx.y, tid = threadIdx.x, n_kv = a.cache.n_kv_heads;
+    const int64_t closed_end = a.pieces.closed_begin[s + 1];
+    if (a.pieces.begin[s] == a.pieces.begin[s + 1])
+        return;
+    const int64_t last = a.pieces.begin[s + 1] - 1;
+    const ts_cuda_piece piece = a.pieces.at[last];
+    const int64_t head = ts::head_of(a, piece.sequence, j);
+    if (closed_end > a.pieces.closed_begin[s]) {
+        const int64_t from = (closed_end - 1) * n_kv + j;
+        for (int i = tid * 4; i < D * D; i += kThreads * 4)
+            ts::store4(a.cache.state + head * D * D + i, ts::load4((const A *)a.next_states + from * D * D + i));
+        if (tid < D)
+            a.cache.mass[head * D + tid] = a.next_masses[from * D + tid];
+        if (tid == 0)
+            a.cache.decay_end[head] = a.tile_ends[j * a.pieces.n_closed + closed_end - 1];
+    }
+    if (piece.closed >= 0)
+        return;
+    if (tid < D)
+        a.cache.query_sum[head * D + tid] = a.query_sums[(last * n_kv + j) * D + tid];
+    if (piece.first > 0)
+        return;
+    const ts::tile_keys<A, D> tile(a, piece, j);
+    const int64_t open = head * a.cache.tile_size;
+    for (int i = tid; i < piece.n_tokens * (D / 4); i += kThreads) {
+        const int m = i / (D / 4), e = i % (D / 4) * 4;
+        ts::store4(a.cache.open_k + (open + m) * D + e, tile.key(m, e));
+        ts::store4(a.cache.open_v + (open + m) * D + e, tile.value(m, e));
+    }
+    if (tid < piece.n_tokens)
+        a.cache.open_c[open + tid] = tile.c[tid];
+}
+
+template <typename A, typename S, int D> void launch_store(cudaStream_t stream, const ts_cuda_attention *a) {
+    const unsigned n_kv = (unsigned)a->cache.n_kv_heads, n_spans = (unsigned)a->pieces.n_spans;
+    if (a->cache.is_sparse && a->pieces.n_closed > 0) {
+        slots_kernel<<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
+        store_kernel<S, D><<<dim3((unsigned)a->pieces.n_closed, n_kv), kThreads, 0, stream>>>(*a);
+    }
+    leave_kernel<A, D><<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
+}
+
+} // namespace
+
+ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
+    const unsigned n_kv = (unsigned)a->cache.n_kv_heads, n_spans = (unsigned)a->pieces.n_spans;
+    if (a->pieces.n_closed == 0)
+        return TS_OK;
+    ends_kernel<<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
+    if (a->cache.is_sparse) {
+        // Blocks for the largest span, but in a batch of many spans not for each as many.
+        const int64_t most = (a->cache.page_table_stride + a->most_events + kWarps - 1) / kWarps;
+        const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
+        deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
+    }
+    return ts_cuda_status(cudaGetLastError(), "attention: rules of tiles");
+}
+
+ts_status ts_cuda_tile_store(cudaStream_t stream, const ts_cuda_attention *a) {
+    TS_ATTENTION_DISPATCH(launch_store, stream, a);
+    return ts_cuda_status(cudaGetLastError(), "attention: store of tiles");
+}

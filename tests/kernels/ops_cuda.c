@@ -1,0 +1,30 @@
+// Every op case on the CUDA backend, in both compute dtypes and both dtypes of slots. Needs a GPU; exits 77 without
+// one.
+#include "kernels/cuda/cuda.h"
+#include "op_cases.h"
+
+enum { SKIPPED = 77 };
+
+static int run(ts_dtype compute_dtype) {
+    ts_device *device = NULL;
+    const ts_status status = ts_cuda_device_create(0, compute_dtype, &device);
+    if (status != TS_OK) {
+        printf("%s: %s\n", status == TS_ERR_UNSUPPORTED ? "SKIP" : "FAIL", ts_status_message());
+        return status == TS_ERR_UNSUPPORTED ? -1 : 1;
+    }
+    printf("%s, activations %s\n", ts_cuda_device_name(device), ts_dtype_name(compute_dtype));
+    int n_failed = op_cases_run(device, compute_dtype, stdout);
+    n_failed += attention_cases_run(device, compute_dtype, TS_F32, stdout);
+    n_failed += attention_cases_run(device, compute_dtype, TS_BF16, stdout);
+    ts_device_free(device);
+    return n_failed;
+}
+
+int main(void) {
+    const int in_f32 = run(TS_F32);
+    if (in_f32 < 0)
+        return SKIPPED;
+    const int n_failed = in_f32 + run(TS_BF16);
+    printf("%d failed\n", n_failed);
+    return n_failed > 0;
+}

@@ -1,0 +1,28 @@
+#include "kernels/cpu/cpu.h"
+#include "op_cases.h"
+
+#include <criterion/criterion.h>
+
+static int failures(int (*run)(ts_device *device)) {
+    ts_device *device = NULL;
+    cr_assert_eq(ts_cpu_device_create(2, &device), TS_OK);
+    const int n_failed = run(device);
+    ts_device_free(device);
+    return n_failed;
+}
+
+static int small_ops(ts_device *device) {
+    return op_cases_run(device, TS_F32, stderr);
+}
+
+static int attention(ts_device *device) {
+    return attention_cases_run(device, TS_F32, TS_F32, stderr);
+}
+
+Test(ops_cpu, every_case_of_the_small_ops) {
+    cr_assert_eq(failures(small_ops), 0);
+}
+
+Test(ops_cpu, every_case_of_attention) {
+    cr_assert_eq(failures(attention), 0);
+}
