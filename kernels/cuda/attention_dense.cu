@@ -6,10 +6,14 @@
 //     S^' = e^{c_last} S^ + sum_m e^{c_last - c_m} k^_m v_m.
 // Every exponent is a difference that is <= 0, so nothing overflows, and what underflows is less than e^-87 of the mass.
 #include "kernels/cuda/attention_dense.h"
+#include "kernels/cuda/attention_dense_cluster.cuh"
 #include "kernels/cuda/attention_dense_kernel.cuh"
 
 namespace ts {
 
+#ifndef TS_CLUSTER_HEADS
+#define TS_CLUSTER_HEADS 1
+#endif
 constexpr int kPlanThreads = 256;
 
 // --- the plan ---
@@ -250,8 +254,8 @@ static Layout layout_of(const ts_attention_args *args) {
     l.n_rows = (int)n_rows;
     l.n_items = (2 * n_segments - batch->n_spans) * heads;
     const int64_t per_row = (n_segments * heads + n_rows - 1) / (n_rows > 0 ? n_rows : 1);
-    l.lag = per_row > 0 ? (int)((kItemsAhead / 2 + per_row - 1) / per_row) : 1;
-    l.ring_rows = l.lag + 3;
+    l.lag = per_row > 0 ? (int)((kItemsAhead + per_row - 1) / per_row) : 1;
+    l.ring_rows = l.lag + (int)((kItemsInFlight + per_row - 1) / (per_row > 0 ? per_row : 1)) + 2;
     l.ticket = 0;
     l.counters = 256;
     l.rows = l.counters + aligned((size_t)(3 * n_rows * heads) * sizeof(int));
@@ -282,10 +286,27 @@ done:
     return status;
 }
 
+static ts_status launch_cluster(const DenseArgs &a, cudaStream_t stream) {
+    ts_status status = TS_OK;
+    const size_t shared = sizeof(ClusterShared);
+    cudaError_t error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared, cudaGetErrorString(error));
+    dense_attention_cluster<<<a.n_spans * a.n_kv_heads * kClusterBlocks, kClusterThreads, shared, stream>>>(a);
+    TS_TRY(launch_status("the dense kernel"));
+done:
+    return status;
+}
+
+// Clusters need enough KV heads on this rank to fill the device with one span; not a property of the batch, so that a row's value
+// is not one either.
+static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
+    return plan->capability == 90 && args->cache->head_dim == 64 && args->cache->n_kv_heads >= TS_CLUSTER_HEADS;
+}
+
 } // namespace ts
 
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
-    return args->qkvg.dtype == TS_F32 ? 256 : ts::layout_of(args).n_bytes;
+    return args->qkvg.dtype == TS_F32 || ts::use_cluster(args, plan) ? 256 : ts::layout_of(args).n_bytes;
 }
 
 extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan, void *workspace,
@@ -336,7 +357,8 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         TS_TRY(launch_status("the f32 recurrence"));
         store_open_tile<<<heads, 128, 0, on>>>(qkvg, a.stride, a, d, args->decay_temperature);
     } else {
-        const Layout l = layout_of(args);
+        const bool in_clusters = use_cluster(args, plan);
+        const Layout l = in_clusters ? Layout{} : layout_of(args);
         char *base = (char *)workspace;
         TS_CHECK(workspace_bytes >= l.n_bytes && (uintptr_t)base % 256 == 0, TS_ERR_INVALID,
                  "attention: a workspace of %zu bytes; %zu are needed, aligned to 256", workspace_bytes, l.n_bytes);
@@ -350,9 +372,13 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         a.rows = (PlanRow *)(base + l.rows);
         a.items = (PlanItem *)(base + l.items);
         a.ring = (float *)(base + l.ring);
+        if (in_clusters) {
+            TS_TRY(launch_cluster(a, on));
+        } else {
         auto *launch = d == 64 ? (hopper ? launch_bf16<64, true> : launch_bf16<64, false>)
                                : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);
         TS_TRY(launch(a, l.lag, plan->n_multiprocessors, on));
+        }
         store_open_tile<<<heads, 128, 0, on>>>(a.qkvg, a.stride, a, d, args->decay_temperature);
     }
     TS_TRY(launch_status("the open tile's store"));

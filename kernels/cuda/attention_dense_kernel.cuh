@@ -38,36 +38,41 @@ template <int D> struct DenseShared {
     unsigned char v[2][DenseShape<D>::panels * DenseShape<D>::panel_bytes];
     unsigned char state[DenseShape<D>::panels * D * kPanelRowBytes]; // panel p: columns 64 p ..., row = feature
     float log_decay[kSegment];                                      // c of eq. (5) from the chunk's start, in powers of 2
-    float key_gate[kSegment];
-    __nv_bfloat16 to_end[kSegment]; // e^{c_last - c_m}
+    __nv_bfloat16 key_gate[kSegment];
+    __nv_bfloat16 to_end[kSegment]; // e^{c_last - c_m}, in a state item times the key gate
     __nv_bfloat16 mass[D];
     PlanItem item[2];
     int is_composer;
 };
 
-// What a block works on.
+// What a block works on. Tokens are counted from the first chunk's begin, a multiple of kChunk.
 struct Segment {
-    int span, head, sequence;
-    int64_t position, row; // of the span's first token
-    int64_t end;           // position after the span's last token
-    int64_t first, last;   // chunks' positions: multiples of kChunk, last exclusive
-    int64_t open_start;    // position where the tile begins that is open after this span; -1 when the span completes none
+    int64_t row;       // of token 0 in the batch; negative where the span begins inside its first chunk
+    int64_t cache;     // index of (sequence, KV head) in the cache
+    int head;
+    int n_chunks;
+    int begin, end;    // the span's tokens
+    int closing_chunk; // at whose end the tile begins that is open after this span; -1 when that is elsewhere
+    int n_open;        // tokens of the open tile before the span
 };
 
 __device__ __forceinline__ Segment segment_of(const DenseArgs &a, const PlanRow &row, const PlanItem &item) {
     const ts_span span = a.spans[row.span];
+    const int64_t span_end = span.position + span.n_tokens, tile = span_end / a.tile_size;
+    const int64_t from = (int64_t)(row.first_segment + item.segment) * kSegment;
+    const int64_t first = max(from, span.position / kChunk * kChunk), end = min(from + kSegment, span_end);
     Segment s;
-    s.span = row.span;
+    s.row = span.row + first - span.position;
+    s.cache = (int64_t)span.sequence * a.n_kv_heads + item.head;
     s.head = item.head;
-    s.sequence = span.sequence;
-    s.position = span.position;
-    s.row = span.row;
-    s.end = span.position + span.n_tokens;
-    const int64_t begin = (int64_t)(row.first_segment + item.segment) * kSegment;
-    s.first = max(begin, span.position / kChunk * kChunk);
-    s.last = min(begin + kSegment, (s.end + kChunk - 1) / kChunk * kChunk);
-    const int64_t tile = s.end / a.tile_size;
-    s.open_start = tile > span.position / a.tile_size ? tile * a.tile_size : -1;
+    s.n_chunks = (int)((end - first + kChunk - 1) / kChunk);
+    s.begin = (int)max(span.position - first, (int64_t)0);
+    s.end = (int)(end - first);
+    const int64_t open_start = tile * a.tile_size;
+    s.closing_chunk = -1;
+    if (tile > span.position / a.tile_size && open_start > first && open_start <= end)
+        s.closing_chunk = (int)((open_start - first) / kChunk) - 1;
+    s.n_open = (int)(span.position % a.tile_size);
     return s;
 }
 
@@ -75,40 +80,60 @@ __device__ __forceinline__ float log_sigmoid(float x) {
     return fminf(x, 0.0f) - log1pf(__expf(-fabsf(x)));
 }
 
-// phi of eq. (1) for two bf16, in f32.
-__device__ __forceinline__ float2 feature_map(uint32_t pair) {
-    constexpr float log2_e = 1.4426950408889634f;
-    const float x = low_of(pair), y = high_of(pair);
-    return make_float2(x > 0.0f ? x + 1.0f : exp2_fast(x * log2_e), y > 0.0f ? y + 1.0f : exp2_fast(y * log2_e));
+// Where a thread copies rows of D columns from and to: its unit of rows r, r + rows_at_once, ...
+template <int D> struct RowCopy {
+    static constexpr int units = D / 8, rows_at_once = DenseShape<D>::threads / units;
+    const __nv_bfloat16 *from; // of the first chunk
+    uint32_t to;               // offset in a stage
+};
+
+template <int D> __device__ __forceinline__ RowCopy<D> row_copy(const DenseArgs &a, const Segment &s, int64_t column) {
+    using Copy = RowCopy<D>;
+    const int unit = threadIdx.x % Copy::units, row = threadIdx.x / Copy::units;
+    Copy c;
+    c.from = a.qkvg + (s.row + row) * a.stride + column + 8 * unit;
+    c.to = unit / 8 * DenseShape<D>::panel_bytes + row * kPanelRowBytes + (((unit & 7) ^ (row & 7)) << 4);
+    return c;
 }
 
-// Rows of the chunk at `position` of D columns from column `column` into panels; rows outside the span become 0.
+// The chunk `chunk` into a stage; rows outside the span become 0.
 template <int D>
-__device__ __forceinline__ void load_rows(const DenseArgs &a, const Segment &s, int64_t position, int64_t column, uint32_t to,
-                                          uint64_t policy) {
-    constexpr int units = D / 8, rows_at_once = DenseShape<D>::threads / units;
-    const int unit = threadIdx.x % units;
-    const __nv_bfloat16 *from = a.qkvg + (s.row + position - s.position) * a.stride + column + 8 * unit;
+__device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, const RowCopy<D> &c, int chunk, bool is_whole,
+                                          uint32_t stage, uint64_t policy) {
+    using Copy = RowCopy<D>;
+    const __nv_bfloat16 *from = c.from + (int64_t)chunk * kChunk * a.stride;
+    const uint32_t to = stage + c.to;
+    const int64_t step = (int64_t)Copy::rows_at_once * a.stride;
+    if (is_whole) {
 #pragma unroll
-    for (int r = threadIdx.x / units; r < kChunk; r += rows_at_once) {
-        const bool valid = position + r >= s.position && position + r < s.end;
-        copy_async(panel_unit(to + unit / 8 * DenseShape<D>::panel_bytes, r, unit % 8), valid ? from + r * a.stride : a.qkvg, valid,
-                   policy);
+        for (int i = 0; i < kChunk / Copy::rows_at_once; i++) {
+            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, from, true, policy);
+            from += step;
+        }
+    } else {
+        int n = chunk * kChunk + threadIdx.x / Copy::units;
+#pragma unroll 1
+        for (int i = 0; i < kChunk / Copy::rows_at_once; i++) {
+            const bool valid = n >= s.begin && n < s.end;
+            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, valid ? from : a.qkvg, valid, policy);
+            from += step;
+            n += Copy::rows_at_once;
+        }
     }
 }
 
 // Gates of the segment's tokens, eqs. (2), (3), (5), per chunk; 1 and 0 decay and key gate outside the span.
-template <int D> __device__ __forceinline__ void load_gates(const DenseArgs &a, const Segment &s, DenseShared<D> &shared) {
-    const int lane = threadIdx.x & 31, n_chunks = (int)((s.last - s.first) / kChunk);
+template <int D, bool outputs> __device__ __forceinline__ void load_gates(const DenseArgs &a, const Segment &s, DenseShared<D> &shared) {
+    const int lane = threadIdx.x & 31;
     const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * D + s.head;
-    for (int chunk = threadIdx.x / 32; chunk < n_chunks; chunk += DenseShape<D>::threads / 32) {
+    for (int chunk = threadIdx.x / 32; chunk < s.n_chunks; chunk += DenseShape<D>::threads / 32) {
         float gate[2], decay[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int64_t position = s.first + chunk * kChunk + 2 * lane + i;
+            const int n = chunk * kChunk + 2 * lane + i;
             gate[i] = decay[i] = 0.0f;
-            if (position >= s.position && position < s.end) {
-                const __nv_bfloat16 *from = a.qkvg + (s.row + position - s.position) * a.stride + column;
+            if (n >= s.begin && n < s.end) {
+                const __nv_bfloat16 *from = a.qkvg + (s.row + n) * a.stride + column;
                 gate[i] = 1.0f / (1.0f + __expf(-__bfloat162float(from[0])));
                 decay[i] = log_sigmoid(__bfloat162float(from[a.n_kv_heads])) * a.decay_scale;
             }
@@ -126,26 +151,28 @@ template <int D> __device__ __forceinline__ void load_gates(const DenseArgs &a, 
         const float last = __shfl_sync(~0u, sum, 31), c0 = before + decay[0];
         const int at = chunk * kChunk + 2 * lane;
         *reinterpret_cast<float2 *>(&shared.log_decay[at]) = make_float2(c0, sum);
-        *reinterpret_cast<float2 *>(&shared.key_gate[at]) = make_float2(gate[0], gate[1]);
-        *reinterpret_cast<uint32_t *>(&shared.to_end[at]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
+        if (outputs) { // k^ in shared memory has its gate already
+            *reinterpret_cast<uint32_t *>(&shared.key_gate[at]) = pack_bf16(gate[0], gate[1]);
+            gate[0] = gate[1] = 1.0f;
+        }
+        *reinterpret_cast<uint32_t *>(&shared.to_end[at]) = pack_bf16(gate[0] * exp2_fast(last - c0), gate[1] * exp2_fast(last - sum));
     }
 }
 
 // k becomes k^ in place, eq. (4).
-template <int D> __device__ __forceinline__ void map_keys(DenseShared<D> &shared, uint32_t k, int gates) {
-    constexpr int units = D / 8, rows_at_once = DenseShape<D>::threads / units;
-    const int unit = threadIdx.x % units;
+template <int D> __device__ __forceinline__ void map_keys(DenseShared<D> &shared, uint32_t k, uint32_t offset, int gates) {
+    using Copy = RowCopy<D>;
+    const int row = threadIdx.x / Copy::units;
+    const unsigned short *gate = reinterpret_cast<const unsigned short *>(shared.key_gate) + gates + row;
 #pragma unroll
-    for (int r = threadIdx.x / units; r < kChunk; r += rows_at_once) {
-        const uint32_t at = panel_unit(k + unit / 8 * DenseShape<D>::panel_bytes, r, unit % 8);
+    for (int i = 0; i < kChunk / Copy::rows_at_once; i++) {
+        const uint32_t at = k + offset + i * Copy::rows_at_once * kPanelRowBytes;
         uint4 x = load_shared16(at);
-        const float gate = shared.key_gate[gates + r];
-        uint32_t *pairs = reinterpret_cast<uint32_t *>(&x);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 f = feature_map(pairs[i]);
-            pairs[i] = pack_bf16(f.x * gate, f.y * gate);
-        }
+        const uint32_t g = gate[i * Copy::rows_at_once] * 0x10001u;
+        x.x = multiply_bf16(feature_map(x.x), g);
+        x.y = multiply_bf16(feature_map(x.y), g);
+        x.z = multiply_bf16(feature_map(x.z), g);
+        x.w = multiply_bf16(feature_map(x.w), g);
         store_shared16(at, x);
     }
 }
@@ -220,8 +247,8 @@ template <int D> __device__ __forceinline__ void state_store(const RunningState<
 // The cache's state, with the tokens of the open tile folded in, into a slot: the state that the span begins with.
 template <int D> __device__ __noinline__ void state_begin(const DenseArgs &a, const Segment &s, float *slot) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
-    const int64_t at = (int64_t)s.sequence * a.n_kv_heads + s.head;
-    const int n_open = (int)(s.position % a.tile_size);
+    const int64_t at = s.cache;
+    const int n_open = s.n_open;
     const float *open_k = a.open_k + at * a.tile_size * D, *open_v = a.open_v + at * a.tile_size * D;
     const double *open_c = a.open_c + at * a.tile_size;
     const double c_last = n_open > 0 ? open_c[n_open - 1] : 0.0;
@@ -255,7 +282,7 @@ template <int D> __device__ __noinline__ void state_begin(const DenseArgs &a, co
 template <int D>
 __device__ __forceinline__ void state_end(const DenseArgs &a, const Segment &s, const RunningState<D> &r, double log_sum) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
-    const int64_t at = (int64_t)s.sequence * a.n_kv_heads + s.head;
+    const int64_t at = s.cache;
 #pragma unroll
     for (int b = 0; b < DenseShape<D>::panels; b++) {
         const int row = b * 64 + warp * 16 + lane / 4, column = group * 64 + 2 * (lane % 4);
@@ -281,13 +308,7 @@ template <int D> __device__ __forceinline__ void state_publish(const RunningStat
 #pragma unroll
     for (int b = 0; b < DenseShape<D>::panels; b++) {
         const int row = b * 64 + warp * 16 + lane / 4;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const uint32_t at = panel_unit(panel, row, j) + 4 * (lane % 4);
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pack_bf16(r.s[b][j][0], r.s[b][j][1])) : "memory");
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 8 * kPanelRowBytes), "r"(pack_bf16(r.s[b][j][2], r.s[b][j][3]))
-                         : "memory");
-        }
+        store_accumulator(panel, b * 64 + warp * 16, r.s[b], 1.0f, 1.0f);
         if (group == 0 && lane % 4 == 0) {
             shared.mass[row] = __float2bfloat16(r.z[b][0]);
             shared.mass[row + 8] = __float2bfloat16(r.z[b][2]);
@@ -296,7 +317,8 @@ template <int D> __device__ __forceinline__ void state_publish(const RunningStat
 }
 
 // Fragments of e^{c_last - c_m} k^_m, transposed: [64 features of block b, 64 tokens], per k16 step of tokens; z takes their sum.
-template <int D>
+// The panel holds k^, or k where `map` is set.
+template <int D, bool map>
 __device__ __forceinline__ void load_keys_transposed(uint32_t (&f)[4][4], float (&z)[4], const DenseShared<D> &shared, uint32_t panel,
                                                      int gates) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
@@ -305,20 +327,17 @@ __device__ __forceinline__ void load_keys_transposed(uint32_t (&f)[4][4], float 
     for (int step = 0; step < 4; step++) {
         load_matrices_transposed(f[step], panel_unit(panel, 16 * step + row, unit));
         const uint32_t *weight = reinterpret_cast<const uint32_t *>(&shared.to_end[gates + 16 * step]) + lane % 4;
+        if (map) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                f[step][i] = feature_map(f[step][i]);
+        }
         f[step][0] = multiply_bf16(f[step][0], weight[0]);
         f[step][1] = multiply_bf16(f[step][1], weight[0]);
         f[step][2] = multiply_bf16(f[step][2], weight[4]);
         f[step][3] = multiply_bf16(f[step][3], weight[4]);
         mma(z, f[step], kOnes, kOnes);
     }
-}
-
-__device__ __forceinline__ void hold(uint32_t (&f)[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            asm volatile("" : "+r"(f[i][j])::"memory");
 }
 
 // One segment. Outputs: from the state `r` to y, and the cache's new state where a span's last complete tile ends; otherwise r
@@ -329,65 +348,71 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
     using Shape = DenseShape<D>;
     constexpr int blocks = Shape::panels;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
-    const int heads = outputs ? a.n_heads / a.n_kv_heads : 1;
-    const int n_chunks = (int)((s.last - s.first) / kChunk), n_steps = n_chunks * heads;
-    const uint64_t last_use = outputs ? evict_first_policy() : 0, keep = outputs ? last_use : evict_last_policy();
+    const int heads = a.n_heads / a.n_kv_heads;
+    const int n_chunks = s.n_chunks, first_whole = s.begin > 0, end_whole = s.end / kChunk;
+    const uint64_t policy = outputs ? evict_first_policy() : evict_last_policy();
     const uint32_t q_base = shared_address(shared.q[0]), k_base = shared_address(shared.k[0]), v_base = shared_address(shared.v[0]);
     constexpr uint32_t stage_bytes = Shape::panels * Shape::panel_bytes;
 
-    // Step = (chunk, head of the group). Loads run two steps ahead.
-    auto load = [&](int step) {
-        if (step < n_steps) {
-            const int chunk = step / heads, i = step % heads;
-            const int64_t position = s.first + (int64_t)chunk * kChunk;
-            if (i == 0) {
-                load_rows<D>(a, s, position, (int64_t)(a.n_heads + s.head) * D, k_base + (chunk & 1) * stage_bytes, keep);
-                load_rows<D>(a, s, position, (int64_t)(a.n_heads + a.n_kv_heads + s.head) * D, v_base + (chunk & 1) * stage_bytes,
-                             keep);
+    // A step is a chunk and a head of the group. Loads run two steps ahead.
+    const RowCopy<D> copy_q = row_copy<D>(a, s, (int64_t)s.head * heads * D);
+    const int64_t k_column = (int64_t)(a.n_heads + s.head - s.head * heads) * D, v_column = k_column + (int64_t)a.n_kv_heads * D;
+    int next_chunk = 0, next_head = 0;
+    uint32_t next_q = q_base;
+    auto load_next = [&] {
+        if (next_chunk < n_chunks) {
+            const bool is_whole = next_chunk >= first_whole && next_chunk < end_whole;
+            RowCopy<D> copy = copy_q;
+            if (next_head == 0) {
+                const uint32_t stage = (next_chunk & 1) * stage_bytes;
+                copy.from = copy_q.from + k_column;
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, k_base + stage, policy);
+                copy.from = copy_q.from + v_column;
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, v_base + stage, policy);
             }
-            if (outputs)
-                load_rows<D>(a, s, position, (int64_t)(s.head * heads + i) * D, q_base + (step & 1) * stage_bytes, last_use);
+            if (outputs) {
+                copy.from = copy_q.from + next_head * D;
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, next_q, policy);
+                next_q ^= q_base ^ (q_base + stage_bytes);
+            }
+            if (!outputs || ++next_head == heads)
+                next_head = 0, next_chunk++;
         }
         copy_commit();
     };
 
     double total = log_sum;
-    for (int step = 0; step < n_steps; step++) {
-        const int chunk = step / heads, i = step % heads, gates = chunk * kChunk;
-        const int64_t position = s.first + gates;
-        const uint32_t q = q_base + (step & 1) * stage_bytes, k = k_base + (chunk & 1) * stage_bytes,
-                       v = v_base + (chunk & 1) * stage_bytes;
-        if (step == 0) {
-            load(0);
-            load(1);
-            load_gates<D>(a, s, shared);
-        }
+    load_next();
+    load_next();
+    load_gates<D, outputs>(a, s, shared);
+    uint32_t q = q_base;
+    for (int chunk = 0; chunk < n_chunks; chunk++)
+    for (int i = 0; i < (outputs ? heads : 1); i++) {
+        const int gates = chunk * kChunk;
+        const uint32_t k = k_base + (chunk & 1) * stage_bytes, v = v_base + (chunk & 1) * stage_bytes;
         copy_wait<1>();
         __syncthreads();
-        if (i == 0) {
-            map_keys<D>(shared, k, gates);
-            if (outputs)
-                state_publish<D>(r, shared);
-        }
         uint32_t fq[4 * blocks][4];
         if (outputs) {
+            if (i == 0) {
+                map_keys<D>(shared, k, copy_q.to, gates);
+                state_publish<D>(r, shared);
+            }
             const int row = 16 * warp + (lane & 15), unit = lane >> 4;
 #pragma unroll
             for (int t = 0; t < 4 * blocks; t++) {
                 load_matrices(fq[t], panel_unit(q + t / 4 * Shape::panel_bytes, row, t % 4 * 2 + unit));
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float2 f = feature_map(fq[t][e]);
-                    fq[t][e] = pack_bf16(f.x, f.y);
-                }
+                for (int e = 0; e < 4; e++)
+                    fq[t][e] = feature_map(fq[t][e]);
             }
+            publish_to_wgmma();
+            __syncthreads();
         }
-        publish_to_wgmma();
-        __syncthreads();
 
         const float chunk_decay = shared.log_decay[gates + kChunk - 1];
         const bool update =
-            !outputs || __any_sync(~0u, i == heads - 1 && (chunk + 1 < n_chunks || position + kChunk == s.open_start));
+            !outputs || __any_sync(~0u, i == heads - 1 && (chunk + 1 < n_chunks || chunk == s.closing_chunk));
         Accumulator y, weights;
         float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (outputs) {
@@ -490,7 +515,7 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
         if (update) {
 #pragma unroll
             for (int b = 0; b < blocks; b++) {
-                load_keys_transposed<D>(fk, r.z[b], shared, k + b * Shape::panel_bytes, gates);
+                load_keys_transposed<D, !outputs>(fk, r.z[b], shared, k + b * Shape::panel_bytes, gates);
                 if (hopper) {
                     group_begin();
 #pragma unroll
@@ -512,33 +537,28 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
                 group_hold(y);
             }
             // Through the warp's own rows of q, so that a row of y is written in units of 16 bytes.
-            const float scale0 = 1.0f / (mass[0] + a.normalizer_eps), scale1 = 1.0f / (mass[2] + a.normalizer_eps);
             const uint32_t panel = q + group * Shape::panel_bytes;
-            const int row = 16 * warp + lane / 4;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const uint32_t at = panel_unit(panel, row, j) + 4 * (lane % 4);
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pack_bf16(y[j][0] * scale0, y[j][1] * scale0)) : "memory");
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 8 * kPanelRowBytes),
-                             "r"(pack_bf16(y[j][2] * scale1, y[j][3] * scale1))
-                             : "memory");
-            }
+            store_accumulator(panel, 16 * warp, y, __fdividef(1.0f, mass[0] + a.normalizer_eps),
+                              __fdividef(1.0f, mass[2] + a.normalizer_eps));
             __syncwarp();
+            const int first_row = 16 * warp + lane / 8;
+            __nv_bfloat16 *to = a.y + (s.row + gates + first_row) * a.y_stride +
+                                (int64_t)(s.head * heads + i) * D + group * 64 + lane % 8 * 8;
+            const bool is_whole = chunk >= first_whole && chunk < end_whole;
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                const int n = 16 * warp + 4 * t + lane / 8;
-                const uint4 x = load_shared16(panel_unit(panel, n, lane % 8));
-                if (position + n >= s.position && position + n < s.end)
-                    __stcs(reinterpret_cast<uint4 *>(a.y + (s.row + position + n - s.position) * a.y_stride +
-                                                     (int64_t)(s.head * heads + i) * D + group * 64) +
-                               lane % 8,
-                           x);
+                const uint4 x = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
+                const int n = gates + first_row + 4 * t;
+                if (is_whole || (n >= s.begin && n < s.end))
+                    __stcs(reinterpret_cast<uint4 *>(to), x);
+                to += 4 * a.y_stride;
             }
-            if (update && position + kChunk == s.open_start)
+            q ^= q_base ^ (q_base + stage_bytes);
+            if (update && chunk == s.closing_chunk)
                 state_end<D>(a, s, r, total * 0.6931471805599453);
         }
         __syncthreads();
-        load(step + 2);
+        load_next();
     }
     return total;
 }
@@ -559,25 +579,28 @@ __device__ __forceinline__ void compose_slots(const DenseArgs &a, const Segment 
             *reinterpret_cast<double *>(slots + D * D + D) = log_sum;
     }
     const int n_states = row.n_segments - row.is_last;
+    RunningState<D> next;
+    if (n_states > 0)
+        state_load<D>(next, slots + n);
     for (int i = 1; i <= n_states; i++) {
         float *slot = slots + (int64_t)i * n;
         double *log_slot = reinterpret_cast<double *>(slot + D * D + D);
         const double log_decay = __ldcg(log_slot);
         const float decay = exp2_fast((float)log_decay);
-        RunningState<D> own;
-        state_load<D>(own, slot);
 #pragma unroll
         for (int b = 0; b < DenseShape<D>::panels; b++) {
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    r.s[b][j][e] = decay * r.s[b][j][e] + own.s[b][j][e];
-            r.z[b][0] = r.z[b][1] = decay * r.z[b][0] + own.z[b][0];
-            r.z[b][2] = r.z[b][3] = decay * r.z[b][2] + own.z[b][2];
+                    r.s[b][j][e] = decay * r.s[b][j][e] + next.s[b][j][e];
+            r.z[b][0] = r.z[b][1] = decay * r.z[b][0] + next.z[b][0];
+            r.z[b][2] = r.z[b][3] = decay * r.z[b][2] + next.z[b][2];
         }
         log_sum += log_decay;
-        __syncthreads(); // log_slot has been read
+        if (i < n_states)
+            state_load<D>(next, slot + n);
+        __syncthreads(); // everybody has read this slot
         state_store<D>(r, slot);
         if (threadIdx.x == 0)
             *log_slot = log_sum;

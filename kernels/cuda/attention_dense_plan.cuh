@@ -21,9 +21,10 @@ constexpr int kChunk = 64;         // tokens that a block takes at a time
 constexpr int kSegment = TS_SEGMENT;
 constexpr int kGroup = 2048 / kSegment;
 #ifndef TS_AHEAD
-#define TS_AHEAD 640
+#define TS_AHEAD 256
 #endif
-constexpr int kItemsAhead = TS_AHEAD;   // state items ahead of the output items: more than blocks fit on a device at a time
+constexpr int kItemsAhead = TS_AHEAD; // output items between a state item and the output items of its row
+constexpr int kItemsInFlight = 400; // output items begun and not done, at most
 
 struct PlanRow {
     int span, first_segment, n_segments;

@@ -87,6 +87,22 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                  : "memory");
 }
 
+// Four 8 x 8 matrices, the counterpart of load_matrices.
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+#if TS_HAS_WGMMA
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+                 : "memory");
+#else
+    const uint32_t r[4] = {r0, r1, r2, r3};
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t row = __shfl_sync(~0u, to, 8 * i + lane / 4);
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + 4 * (lane % 4)), "r"(r[i]) : "memory");
+    }
+#endif
+}
+
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -110,6 +126,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
+}
+
+// phi(x) = x + 1 where x > 0, else e^x; both at once as max(x + 1, e^min(x, 0)), for two bf16.
+__device__ __forceinline__ uint32_t feature_map(uint32_t pair) {
+    constexpr float log2_e = 1.4426950408889634f;
+    const __nv_bfloat162 x = *reinterpret_cast<__nv_bfloat162 *>(&pair);
+    const __nv_bfloat162 zero = __nv_bfloat162{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};
+    const __nv_bfloat162 one = __nv_bfloat162{__ushort_as_bfloat16(0x3f80), __ushort_as_bfloat16(0x3f80)};
+    __nv_bfloat162 below = __hmin2(x, zero), above = __hadd2(x, one);
+    const uint32_t b = *reinterpret_cast<uint32_t *>(&below);
+    uint32_t e = pack_bf16(exp2_fast(low_of(b) * log2_e), exp2_fast(high_of(b) * log2_e));
+    const __nv_bfloat162 r = __hmax2_nan(above, *reinterpret_cast<__nv_bfloat162 *>(&e));
+    return *reinterpret_cast<const uint32_t *>(&r);
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -175,6 +204,16 @@ __device__ __forceinline__ void group_hold(Accumulator &c) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
             asm volatile("" : "+f"(c[j][i])::"memory");
+}
+
+// The warp's [16, 64] accumulator, its rows scaled, as bf16 to rows first_row ... of a panel.
+__device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0, float scale1) {
+    const int lane = threadIdx.x & 31, row = first_row + (lane & 15);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+        store_matrices(panel_unit(panel, row, j + (lane >> 4)), pack_bf16(c[j][0] * scale0, c[j][1] * scale0),
+                       pack_bf16(c[j][2] * scale1, c[j][3] * scale1), pack_bf16(c[j + 1][0] * scale0, c[j + 1][1] * scale0),
+                       pack_bf16(c[j + 1][2] * scale1, c[j + 1][3] * scale1));
 }
 
 // Descriptor of a panel in the 128-byte swizzle, 8-row groups 1024 bytes apart.
