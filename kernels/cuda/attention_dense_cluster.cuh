@@ -58,10 +58,16 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
 }
 
+// Lanes may see the phase end at different times; the warp goes on as one.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
+    uint32_t done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+    __syncwarp();
 }
 
 __device__ __forceinline__ void send_bulk(uint32_t to, uint32_t from, uint32_t n, uint32_t barrier) {
@@ -95,8 +101,7 @@ __device__ __forceinline__ void worker_sync(int worker) {
 }
 
 // The tile's rows of 64 columns into a panel; rows outside the span become 0.
-__device__ __forceinline__ void copy_tile(const DenseArgs &a, const ClusterWork &w, int tile, int64_t column, uint32_t panel,
-                                          uint64_t policy) {
+__device__ __forceinline__ void copy_tile(const DenseArgs &a, const ClusterWork &w, int tile, int64_t column, uint32_t panel) {
     const int unit = threadIdx.x & 7, row = threadIdx.x % 128 / 8;
     const __nv_bfloat16 *from = a.qkvg + (w.row + (int64_t)tile * 64 + row) * a.stride + column + 8 * unit;
     const uint32_t to = panel_unit(panel, row, unit);
@@ -104,13 +109,13 @@ __device__ __forceinline__ void copy_tile(const DenseArgs &a, const ClusterWork 
     if ((tile > 0 || w.begin == 0) && (int64_t)(tile + 1) * 64 <= w.end) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            copy_async(to + i * 16 * kPanelRowBytes, from + i * step, true, policy);
+            copy_async(to + i * 16 * kPanelRowBytes, from + i * step);
     } else {
 #pragma unroll 1
         for (int i = 0; i < 4; i++) {
             const int64_t n = (int64_t)tile * 64 + row + 16 * i;
             const bool valid = n >= w.begin && n < w.end;
-            copy_async(to + i * 16 * kPanelRowBytes, valid ? from + i * step : a.qkvg, valid, policy);
+            copy_async(to + i * 16 * kPanelRowBytes, valid ? from + i * step : a.qkvg, valid);
         }
     }
 }
@@ -228,16 +233,15 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
     const int heads = a.n_heads / a.n_kv_heads, first = block * kWorkers + worker;
     const int64_t q_column = (int64_t)w.head * heads * 64, k_column = (int64_t)(a.n_heads + w.head) * 64,
                   v_column = k_column + (int64_t)a.n_kv_heads * 64;
-    const uint64_t policy = evict_first_policy();
     WorkerShared &mine = shared.worker[worker];
     const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
     const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]);
     GateLogits logits = {};
     if (first < w.n_tiles) {
-        copy_tile(a, w, first, k_column, k_base, policy);
-        copy_tile(a, w, first, v_column, v_base, policy);
+        copy_tile(a, w, first, k_column, k_base);
+        copy_tile(a, w, first, v_column, v_base);
         copy_commit();
-        copy_tile(a, w, first, q_column, q, policy);
+        copy_tile(a, w, first, q_column, q);
         copy_commit();
         if (warp == 0)
             logits = load_logits(a, w, first, lane);
@@ -247,8 +251,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
         const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes;
         const bool more = tile + kWaveTiles < w.n_tiles;
         if (more) {
-            copy_tile(a, w, tile + kWaveTiles, k_column, k_base + (stage ^ 1) * kTileBytes, policy);
-            copy_tile(a, w, tile + kWaveTiles, v_column, v_base + (stage ^ 1) * kTileBytes, policy);
+            copy_tile(a, w, tile + kWaveTiles, k_column, k_base + (stage ^ 1) * kTileBytes);
+            copy_tile(a, w, tile + kWaveTiles, v_column, v_base + (stage ^ 1) * kTileBytes);
         }
         copy_commit();
         if (warp == 0) {
@@ -360,9 +364,9 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
             }
             worker_sync(worker);
             if (i + 1 < heads)
-                copy_tile(a, w, tile, q_column + (i + 1) * 64, q, policy);
+                copy_tile(a, w, tile, q_column + (i + 1) * 64, q);
             else if (more)
-                copy_tile(a, w, tile + kWaveTiles, q_column, q, policy);
+                copy_tile(a, w, tile + kWaveTiles, q_column, q);
             copy_commit();
         }
     }

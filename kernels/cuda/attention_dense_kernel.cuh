@@ -99,7 +99,7 @@ template <int D> __device__ __forceinline__ RowCopy<D> row_copy(const DenseArgs 
 // The chunk `chunk` into a stage; rows outside the span become 0.
 template <int D>
 __device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, const RowCopy<D> &c, int chunk, bool is_whole,
-                                          uint32_t stage, uint64_t policy) {
+                                          uint32_t stage) {
     using Copy = RowCopy<D>;
     const __nv_bfloat16 *from = c.from + (int64_t)chunk * kChunk * a.stride;
     const uint32_t to = stage + c.to;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, 
     if (is_whole) {
 #pragma unroll
         for (int i = 0; i < kChunk / Copy::rows_at_once; i++) {
-            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, from, true, policy);
+            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, from);
             from += step;
         }
     } else {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, 
 #pragma unroll 1
         for (int i = 0; i < kChunk / Copy::rows_at_once; i++) {
             const bool valid = n >= s.begin && n < s.end;
-            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, valid ? from : a.qkvg, valid, policy);
+            copy_async(to + i * Copy::rows_at_once * kPanelRowBytes, valid ? from : a.qkvg, valid);
             from += step;
             n += Copy::rows_at_once;
         }
@@ -350,7 +350,6 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     const int heads = a.n_heads / a.n_kv_heads;
     const int n_chunks = s.n_chunks, first_whole = s.begin > 0, end_whole = s.end / kChunk;
-    const uint64_t policy = outputs ? evict_first_policy() : evict_last_policy();
     const uint32_t q_base = shared_address(shared.q[0]), k_base = shared_address(shared.k[0]), v_base = shared_address(shared.v[0]);
     constexpr uint32_t stage_bytes = Shape::panels * Shape::panel_bytes;
 
@@ -366,13 +365,13 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
             if (next_head == 0) {
                 const uint32_t stage = (next_chunk & 1) * stage_bytes;
                 copy.from = copy_q.from + k_column;
-                copy_rows<D>(a, s, copy, next_chunk, is_whole, k_base + stage, policy);
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, k_base + stage);
                 copy.from = copy_q.from + v_column;
-                copy_rows<D>(a, s, copy, next_chunk, is_whole, v_base + stage, policy);
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, v_base + stage);
             }
             if (outputs) {
                 copy.from = copy_q.from + next_head * D;
-                copy_rows<D>(a, s, copy, next_chunk, is_whole, next_q, policy);
+                copy_rows<D>(a, s, copy, next_chunk, is_whole, next_q);
                 next_q ^= q_base ^ (q_base + stage_bytes);
             }
             if (!outputs || ++next_head == heads)

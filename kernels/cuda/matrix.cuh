@@ -29,23 +29,13 @@ __device__ __forceinline__ uint32_t panel_unit(uint32_t panel, int row, int unit
     return panel + row * kPanelRowBytes + ((unit ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ uint64_t evict_first_policy() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ uint64_t evict_last_policy() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // 16 bytes to shared memory; zeros where !valid.
-__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool valid, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
-                 "r"(valid ? 16 : 0), "l"(policy)
-                 : "memory");
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {
@@ -181,6 +171,7 @@ __device__ __forceinline__ void warp_product_columns(Accumulator &c, const uint3
 
 __device__ __forceinline__ void group_begin() {
 #if TS_HAS_WGMMA
+    __syncwarp(); // what follows is executed by whole warps
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }

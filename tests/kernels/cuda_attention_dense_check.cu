@@ -1,6 +1,6 @@
 // Dense-form prefill attention on CUDA against a float64 evaluation of eqs. (1) to (9) on the CPU, and its times.
 //
-//     cuda_attention_dense_check            correctness: lengths, spans, groups of heads, strong decay, chained calls, packing
+//     cuda_attention_dense_check [d]        correctness, of all head sizes or one: lengths, spans, groups of heads, strong decay, chained calls, packing
 //     cuda_attention_dense_check time [N]   median of 25 calls at B 1, H 16, for head sizes 64 and 128, rotating input sets
 #include "kernels/cuda/attention_dense.h"
 
@@ -424,7 +424,10 @@ int main(int n_args, char **arg) {
         {"strong decay", 128, 64, 2, 2, -60, 40, 1, {{700, 333}, {64, 64}}},
     };
     bool good = true;
+    const int only = n_args > 1 ? atoi(arg[1]) : 0;
     for (const Case &c : cases) {
+        if (only && c.d != only)
+            continue;
         const ts_cuda_attention_dense_plan plan = {device.multiProcessorCount, capability},
                                            older = {device.multiProcessorCount, 80};
         good &= check<__nv_bfloat16>(c, plan, "bf16");
