@@ -286,12 +286,38 @@ done:
     return status;
 }
 
-static ts_status launch_cluster(const DenseArgs &a, cudaStream_t stream) {
+struct ClusterLayout {
+    int n_items;
+    size_t counters_bytes, carry, n_bytes;
+};
+
+static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
+    const ts_batch *batch = args->batch;
+    ClusterLayout l = {};
+    int64_t most = 0;
+    for (int i = 0; i < batch->n_spans; i++) {
+        const int64_t n_tiles = (batch->spans[i].position % 64 + batch->spans[i].n_tokens + 63) / 64;
+        most = n_tiles > most ? n_tiles : most;
+    }
+    const int64_t pairs = (int64_t)batch->n_spans * args->cache->n_kv_heads;
+    l.n_items = (int)((most + kPieceTiles - 1) / kPieceTiles * pairs);
+    l.counters_bytes = (size_t)(pairs * kClusterBlocks) * sizeof(int);
+    l.carry = aligned(l.counters_bytes);
+    l.n_bytes = l.carry + (size_t)pairs * kCarryFloats * sizeof(float);
+    return l;
+}
+
+static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clusters, char *workspace, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(ClusterShared);
+    a.n_items = l.n_items;
+    a.counters = (int *)workspace;
+    a.ring = (float *)(workspace + l.carry);
     cudaError_t error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared, cudaGetErrorString(error));
-    dense_attention_cluster<<<a.n_spans * a.n_kv_heads * kClusterBlocks, kClusterThreads, shared, stream>>>(a);
+    error = cudaMemsetAsync(workspace, 0, l.counters_bytes, stream);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s", cudaGetErrorString(error));
+    dense_attention_cluster<<<min(n_clusters, a.n_items) * kClusterBlocks, kClusterThreads, shared, stream>>>(a);
     TS_TRY(launch_status("the dense kernel"));
 done:
     return status;
@@ -306,7 +332,37 @@ static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_d
 } // namespace ts
 
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
-    return args->qkvg.dtype == TS_F32 || ts::use_cluster(args, plan) ? 256 : ts::layout_of(args).n_bytes;
+    if (args->qkvg.dtype == TS_F32)
+        return 256;
+    return ts::use_cluster(args, plan) ? ts::cluster_layout_of(args).n_bytes : ts::layout_of(args).n_bytes;
+}
+
+extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan) {
+    using namespace ts;
+    ts_status status = TS_OK;
+    int device = 0, major = 0, minor = 0, n_multiprocessors = 0, n_clusters = 0;
+    cudaLaunchConfig_t config = {};
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && major == 9) {
+        config.gridDim = dim3(kClusterBlocks);
+        config.blockDim = dim3(kClusterThreads);
+        config.dynamicSmemBytes = sizeof(ClusterShared);
+        error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(ClusterShared));
+        if (error == cudaSuccess)
+            error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &config);
+    }
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s", cudaGetErrorString(error));
+    plan->n_multiprocessors = n_multiprocessors;
+    plan->capability = major == 9 && n_clusters > 0 ? 90 : 80;
+    plan->n_clusters = n_clusters;
+done:
+    return status;
 }
 
 extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan, void *workspace,
@@ -358,10 +414,12 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         store_open_tile<<<heads, 128, 0, on>>>(qkvg, a.stride, a, d, args->decay_temperature);
     } else {
         const bool in_clusters = use_cluster(args, plan);
+        const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
         const Layout l = in_clusters ? Layout{} : layout_of(args);
+        const size_t n_bytes = in_clusters ? in.n_bytes : l.n_bytes;
         char *base = (char *)workspace;
-        TS_CHECK(workspace_bytes >= l.n_bytes && (uintptr_t)base % 256 == 0, TS_ERR_INVALID,
-                 "attention: a workspace of %zu bytes; %zu are needed, aligned to 256", workspace_bytes, l.n_bytes);
+        TS_CHECK(workspace_bytes >= n_bytes && (uintptr_t)base % 256 == 0, TS_ERR_INVALID,
+                 "attention: a workspace of %zu bytes; %zu are needed, aligned to 256", workspace_bytes, n_bytes);
         a.qkvg = (const __nv_bfloat16 *)args->qkvg.data;
         a.y = (__nv_bfloat16 *)args->y.data;
         a.n_rows = l.n_rows;
@@ -373,7 +431,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         a.items = (PlanItem *)(base + l.items);
         a.ring = (float *)(base + l.ring);
         if (in_clusters) {
-            TS_TRY(launch_cluster(a, on));
+            TS_TRY(launch_cluster(a, in, plan->n_clusters, base, on));
         } else {
         auto *launch = d == 64 ? (hopper ? launch_bf16<64, true> : launch_bf16<64, false>)
                                : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);

@@ -1,6 +1,7 @@
 // Prefill attention in dense form on CUDA: eqs. (1) to (7), the recurrence of (8), and (9), from projections to outputs.
 //
-//     ts_cuda_attention_dense_plan plan = {.n_multiprocessors = 132, .capability = 90};
+//     ts_cuda_attention_dense_plan plan;
+//     TS_TRY(ts_cuda_attention_dense_plan_create(&plan));                     // once per device; waits for nothing
 //     size_t n_bytes = ts_cuda_attention_dense_workspace(&args, &plan);       // grows with the batch up to a fixed bound
 //     TS_TRY(ts_cuda_attention_dense(&args, &plan, workspace, n_bytes, stream)); // enqueued on the stream
 //
@@ -20,8 +21,12 @@ extern "C" {
 
 typedef struct ts_cuda_attention_dense_plan {
     int n_multiprocessors; // of the device
-    int capability;        // 10 * major + minor; 80 on a Hopper device forces the path that an A100 takes
+    int capability;        // 90 or 80; 80 on a Hopper device forces the path that an A100 takes
+    int n_clusters;        // clusters that run at a time, where the capability is 90
 } ts_cuda_attention_dense_plan;
+
+// What fits the current device.
+ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan);
 
 // Bytes of device memory that a call with these arguments needs.
 size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan);

@@ -1,13 +1,15 @@
 // The bf16 kernel of the dense form on Hopper, head size 64: one pass, k and v read once.
 //
-// A cluster of 8 blocks takes one (span, KV head) in waves of 24 tiles, one tile per worker warpgroup. Per wave a worker
+// A (span, KV head) is cut into pieces of kPieceTiles tiles. Piece p of every pair comes before piece p + 1 of any; clusters of 8
+// blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of clusters that does not divide
+// the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles, one tile per worker warpgroup. Per wave a worker
 //     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block c;
 //     2. forms what the tile's tokens give each other, eq. (9), while
 //     3. the fourth warpgroup of block c runs the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends each
 //        tile the state that it begins with, in bf16;
 //     4. adds the state's part and writes y.
-// Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker sends tile
-// S_t of the next wave only after all 8 blocks have answered this one, so no buffer is overwritten before it was read.
+// Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker, with a tile
+// or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is overwritten before it was read.
 #ifndef TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 #define TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 
@@ -20,6 +22,11 @@ constexpr int kWorkers = 3; // warpgroups of a block that have tiles
 constexpr int kWaveTiles = kClusterBlocks * kWorkers;
 constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
+#ifndef TS_PIECE_WAVES
+#define TS_PIECE_WAVES 6
+#endif
+constexpr int kPieceTiles = TS_PIECE_WAVES * kWaveTiles;
+constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
@@ -29,7 +36,7 @@ struct TileSlice {
 };
 
 struct WorkerShared {
-    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[kTileBytes];
+    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[2][kTileBytes];
     unsigned char state[kTileBytes]; // S_t on its way out, then S^ as it comes in
 };
 
@@ -39,8 +46,8 @@ struct ClusterShared {
     TileSlice inbox_slices[kWaveTiles];
     TileSlice outbox[kWorkers][kClusterBlocks];
     float mass[kWorkers][64]; // z^
-    float log_decay[kWorkers][64];
-    __nv_bfloat16 key_gate[kWorkers][64], to_end[kWorkers][64];
+    float log_decay[kWorkers][2][64];
+    __nv_bfloat16 key_gate[kWorkers][2][64], to_end[kWorkers][2][64];
     uint64_t inbox_full, state_full[kWorkers];
 };
 
@@ -62,7 +69,7 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
 __device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
     uint32_t done;
     do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done)
                      : "r"(barrier), "r"(parity)
                      : "memory");
@@ -87,14 +94,44 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t barrier) 
                  : "memory");
 }
 
-// A (span, KV head). Tile 0 is the tile that the span begins in.
+// A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
 struct ClusterWork {
     int64_t row;   // of tile 0's first token in the batch; negative where the span begins inside the tile
     int64_t cache; // index of (sequence, KV head)
-    int head, n_tiles;
-    int begin; // tokens of tile 0 before the span
-    int64_t end; // token after the span's last, from tile 0's first
+    int64_t end;   // token after the span's last, from tile 0's first
+    int item;      // -1 when there is none
+    int pair, piece, head;
+    int first_tile, end_tile; // of the piece
+    int begin;                // tokens of tile 0 before the span
 };
+
+// The first piece at or after `item`, in this cluster's turn.
+__device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, int n_clusters) {
+    ClusterWork w;
+    const int pairs = a.n_spans * a.n_kv_heads;
+    for (;; item += n_clusters) {
+        if (item >= a.n_items) {
+            w.item = -1;
+            return w;
+        }
+        w.piece = item / pairs;
+        w.pair = item - w.piece * pairs;
+        const int index = w.pair / a.n_kv_heads;
+        const ts_span span = a.spans[index];
+        w.begin = (int)(span.position % 64);
+        w.end = w.begin + span.n_tokens;
+        const int n_tiles = (int)((w.end + 63) / 64);
+        w.first_tile = w.piece * kPieceTiles;
+        if (w.first_tile >= n_tiles)
+            continue;
+        w.end_tile = min(n_tiles, w.first_tile + kPieceTiles);
+        w.item = item;
+        w.row = span.row - w.begin;
+        w.head = w.pair - index * a.n_kv_heads;
+        w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
+        return w;
+    }
+}
 
 __device__ __forceinline__ void worker_sync(int worker) {
     asm volatile("bar.sync %0, 128;" ::"r"(worker + 1) : "memory");
@@ -120,34 +157,35 @@ __device__ __forceinline__ void copy_tile(const DenseArgs &a, const ClusterWork 
     }
 }
 
-// Gate logits of two tokens of the tile, for lane `lane` of a worker's first warp.
+// Gate logits of two tokens of the tile, for a lane of a worker's first warp.
 struct GateLogits {
-    float key[2], decay[2];
+    __nv_bfloat16 key[2], decay[2];
     bool valid[2];
 };
 
-__device__ __forceinline__ GateLogits load_logits(const DenseArgs &a, const ClusterWork &w, int tile, int lane) {
+__device__ __forceinline__ GateLogits load_logits(const DenseArgs &a, const ClusterWork &w, int tile) {
     GateLogits g;
+    const int lane = threadIdx.x & 31;
     const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int64_t n = (int64_t)tile * 64 + 2 * lane + i;
         g.valid[i] = n >= w.begin && n < w.end;
         const __nv_bfloat16 *from = a.qkvg + (g.valid[i] ? (w.row + n) * a.stride + column : 0);
-        g.key[i] = __bfloat162float(from[0]);
-        g.decay[i] = __bfloat162float(from[g.valid[i] ? a.n_kv_heads : 0]);
+        g.key[i] = from[0];
+        g.decay[i] = from[g.valid[i] ? a.n_kv_heads : 0];
     }
     return g;
 }
 
 // Eqs. (2), (3), (5) for the tile, by one warp.
-__device__ __forceinline__ void store_gates(const DenseArgs &a, ClusterShared &shared, int worker, const GateLogits &g) {
+__device__ __forceinline__ void store_gates(const DenseArgs &a, ClusterShared &shared, int worker, int stage, const GateLogits &g) {
     const int lane = threadIdx.x & 31;
     float gate[2], decay[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-g.key[i])) : 0.0f;
-        decay[i] = g.valid[i] ? log_sigmoid(g.decay[i]) * a.decay_scale : 0.0f;
+        gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(g.key[i]))) : 0.0f;
+        decay[i] = g.valid[i] ? log_sigmoid(__bfloat162float(g.decay[i])) * a.decay_scale : 0.0f;
     }
     float sum = decay[0] + decay[1];
 #pragma unroll
@@ -158,120 +196,130 @@ __device__ __forceinline__ void store_gates(const DenseArgs &a, ClusterShared &s
     }
     const float before = __shfl_up_sync(~0u, sum, 1);
     const float last = __shfl_sync(~0u, sum, 31), c0 = (lane == 0 ? 0.0f : before) + decay[0];
-    *reinterpret_cast<float2 *>(&shared.log_decay[worker][2 * lane]) = make_float2(c0, sum);
-    *reinterpret_cast<uint32_t *>(&shared.key_gate[worker][2 * lane]) = pack_bf16(gate[0], gate[1]);
-    *reinterpret_cast<uint32_t *>(&shared.to_end[worker][2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
-    if (lane < kClusterBlocks)
-        shared.outbox[worker][lane].log_decay = last;
+    *reinterpret_cast<float2 *>(&shared.log_decay[worker][stage][2 * lane]) = make_float2(c0, sum);
+    *reinterpret_cast<uint32_t *>(&shared.key_gate[worker][stage][2 * lane]) = pack_bf16(gate[0], gate[1]);
+    *reinterpret_cast<uint32_t *>(&shared.to_end[worker][stage][2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
 }
 
-// S_t and z_t of the worker's tile to the blocks that own their rows. k becomes k^ in place.
-__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, uint32_t k, uint32_t v, int wave_tile) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-    {
-        const int row = thread / 8;
-        const unsigned short *gate = reinterpret_cast<const unsigned short *>(shared.key_gate[worker]) + row;
-        const uint32_t at = panel_unit(k, row, thread & 7);
+// k becomes k^ in place, eq. (4).
+__device__ __forceinline__ void map_tile_keys(const ClusterShared &shared, int worker, int stage, uint32_t k) {
+    const int thread = threadIdx.x % 128, row = thread / 8;
+    const unsigned short *gate = reinterpret_cast<const unsigned short *>(shared.key_gate[worker][stage]) + row;
+    const uint32_t at = panel_unit(k, row, thread & 7);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint4 x = load_shared16(at + i * 16 * kPanelRowBytes);
-            const uint32_t g = gate[16 * i] * 0x10001u;
-            x.x = multiply_bf16(feature_map(x.x), g);
-            x.y = multiply_bf16(feature_map(x.y), g);
-            x.z = multiply_bf16(feature_map(x.z), g);
-            x.w = multiply_bf16(feature_map(x.w), g);
-            store_shared16(at + i * 16 * kPanelRowBytes, x);
-        }
+    for (int i = 0; i < 4; i++) {
+        uint4 x = load_shared16(at + i * 16 * kPanelRowBytes);
+        const uint32_t g = gate[16 * i] * 0x10001u;
+        x.x = multiply_bf16(feature_map(x.x), g);
+        x.y = multiply_bf16(feature_map(x.y), g);
+        x.z = multiply_bf16(feature_map(x.z), g);
+        x.w = multiply_bf16(feature_map(x.w), g);
+        store_shared16(at + i * 16 * kPanelRowBytes, x);
     }
-    publish_to_wgmma();
-    worker_sync(worker);
-    uint32_t fk[4][4];
-    float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    Accumulator s;
+}
+
+// Fragments of e^{c_last - c_m} k^_m, transposed.
+__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const ClusterShared &shared, int worker, int stage, uint32_t k) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * warp + ((lane >> 3) & 1);
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         load_matrices_transposed(fk[t], panel_unit(k, 16 * t + row, unit));
-        const uint32_t *weight = reinterpret_cast<const uint32_t *>(&shared.to_end[worker][16 * t]) + lane % 4;
+        const uint32_t *weight = reinterpret_cast<const uint32_t *>(&shared.to_end[worker][stage][16 * t]) + lane % 4;
         const uint32_t low = weight[0], high = weight[4];
         fk[t][0] = multiply_bf16(fk[t][0], low);
         fk[t][1] = multiply_bf16(fk[t][1], low);
         fk[t][2] = multiply_bf16(fk[t][2], high);
         fk[t][3] = multiply_bf16(fk[t][3], high);
     }
-    group_begin();
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-        group_product<1>(s, fk[t], panel_descriptor(v + t * 2048), t > 0);
-    group_commit();
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-        mma(z, fk[t], kOnes, kOnes);
-    group_wait<0>();
-    group_hold(s);
+}
+
+// S_t and z_t, from the accumulators, to the blocks that own their rows.
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Accumulator &s, const float (&z)[4],
+                                                int rank) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
     const uint32_t state = shared_address(shared.worker[worker].state);
     store_accumulator(state, 16 * warp, s, 1.0f, 1.0f);
     if (lane % 4 == 0) {
         shared.outbox[worker][2 * warp].z[lane / 4] = z[0];
         shared.outbox[worker][2 * warp + 1].z[lane / 4] = z[2];
     }
+    if (lane < 2)
+        shared.outbox[worker][2 * warp + lane].log_decay = shared.log_decay[worker][stage][63];
     publish_to_wgmma();
     worker_sync(worker);
     if (thread < kClusterBlocks) {
         if (thread == 0)
             expect_bytes(shared_address(&shared.state_full[worker]), kTileBytes + 64 * 4);
         const uint32_t barrier = in_block(shared_address(&shared.inbox_full), thread);
-        send_bulk(in_block(shared_address(shared.inbox[wave_tile]), thread), state + thread * 8 * kPanelRowBytes, 8 * kPanelRowBytes,
-                  barrier);
-        send_bulk(in_block(shared_address(&shared.inbox_slices[wave_tile]), thread), shared_address(&shared.outbox[worker][thread]),
+        send_bulk(in_block(shared_address(shared.inbox[rank]), thread), state + thread * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
+        send_bulk(in_block(shared_address(&shared.inbox_slices[rank]), thread), shared_address(&shared.outbox[worker][thread]),
                   sizeof(TileSlice), barrier);
     }
+    __syncwarp();
 }
 
-__device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork &w, ClusterShared &shared, int worker, int block) {
+__device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &shared, int worker, int block, int cluster,
+                                           int n_clusters) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
-    const int heads = a.n_heads / a.n_kv_heads, first = block * kWorkers + worker;
-    const int64_t q_column = (int64_t)w.head * heads * 64, k_column = (int64_t)(a.n_heads + w.head) * 64,
-                  v_column = k_column + (int64_t)a.n_kv_heads * 64;
+    const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
     WorkerShared &mine = shared.worker[worker];
-    const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
+    const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q_base = shared_address(mine.q[0]);
     const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]);
+    auto q_column = [&](const ClusterWork &w) { return (int64_t)w.head * heads * 64; };
+    auto load_tile = [&](const ClusterWork &w, int tile, int stage, int q_stage) {
+        const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
+        copy_tile(a, w, tile, k_column, k_base + stage * kTileBytes);
+        copy_tile(a, w, tile, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
+        copy_tile(a, w, tile, q_column(w), q_base + q_stage * kTileBytes);
+    };
+    ClusterWork w = next_work(a, cluster, n_clusters);
+    if (w.item < 0)
+        return;
+    int wave = w.first_tile, stage = 0, q_stage = 0;
     GateLogits logits = {};
-    if (first < w.n_tiles) {
-        copy_tile(a, w, first, k_column, k_base);
-        copy_tile(a, w, first, v_column, v_base);
-        copy_commit();
-        copy_tile(a, w, first, q_column, q);
-        copy_commit();
+    if (wave + rank < w.end_tile) {
+        load_tile(w, wave + rank, 0, 0);
         if (warp == 0)
-            logits = load_logits(a, w, first, lane);
+            store_gates(a, shared, worker, 0, load_logits(a, w, wave + rank));
     }
-    int stage = 0;
-    for (int tile = first; tile < w.n_tiles; tile += kWaveTiles, stage ^= 1) {
-        const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes;
-        const bool more = tile + kWaveTiles < w.n_tiles;
-        if (more) {
-            copy_tile(a, w, tile + kWaveTiles, k_column, k_base + (stage ^ 1) * kTileBytes);
-            copy_tile(a, w, tile + kWaveTiles, v_column, v_base + (stage ^ 1) * kTileBytes);
+    copy_commit();
+    for (;; stage ^= 1) {
+        const int tile = wave + rank;
+        const bool is_active = tile < w.end_tile;
+        // What comes after this wave.
+        ClusterWork next = w;
+        int next_wave = wave + kWaveTiles;
+        if (next_wave >= w.end_tile) {
+            next = next_work(a, w.item + n_clusters, n_clusters);
+            next_wave = next.first_tile;
         }
-        copy_commit();
-        if (warp == 0) {
-            store_gates(a, shared, worker, logits);
-            if (more)
-                logits = load_logits(a, w, tile + kWaveTiles, lane);
+        const bool more = next.item >= 0 && next_wave + rank < next.end_tile;
+        if (!is_active) {
+            if (more) {
+                load_tile(next, next_wave + rank, stage ^ 1, q_stage ^ 1);
+                if (warp == 0)
+                    store_gates(a, shared, worker, stage ^ 1, load_logits(a, next, next_wave + rank));
+            }
+            copy_commit();
+            if (threadIdx.x % 128 == 0)
+                expect_bytes(state_full, 64 * 4);
+            wait_phase(state_full, stage);
+            q_stage ^= 1;
         }
-        copy_wait<2>();
-        worker_sync(worker);
-        send_tile_state(shared, worker, k, v, first);
-
-        const int n0 = 16 * warp + lane / 4;
-        const float c0 = shared.log_decay[worker][n0], c1 = shared.log_decay[worker][n0 + 8];
-        for (int i = 0; i < heads; i++) {
-            if (i == 0)
-                copy_wait<1>();
-            else
-                copy_wait<0>();
+        for (int i = 0; is_active && i < heads; i++, q_stage ^= 1) {
+            const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, q = q_base + q_stage * kTileBytes;
+            if (i + 1 < heads)
+                copy_tile(a, w, tile, q_column(w) + (i + 1) * 64, q_base + (q_stage ^ 1) * kTileBytes);
+            else if (more)
+                load_tile(next, next_wave + rank, stage ^ 1, q_stage ^ 1);
+            copy_commit();
+            if (i == 0 && more && warp == 0)
+                logits = load_logits(a, next, next_wave + rank);
+            copy_wait<1>();
             worker_sync(worker);
+            if (i == 0)
+                map_tile_keys(shared, worker, stage, k);
             uint32_t fq[4][4], fw[4][4];
 #pragma unroll
             for (int t = 0; t < 4; t++) {
@@ -280,13 +328,41 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
                 for (int e = 0; e < 4; e++)
                     fq[t][e] = feature_map(fq[t][e]);
             }
+            if (i == 0) {
+                publish_to_wgmma();
+                worker_sync(worker);
+            }
             Accumulator weights, y;
-            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f}, carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            group_begin();
+            if (i == 0) {
+                uint32_t fk[4][4];
+                float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                load_tile_keys(fk, shared, worker, stage, k);
+                group_begin();
 #pragma unroll
-            for (int t = 0; t < 4; t++)
-                group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
-            group_commit();
+                for (int t = 0; t < 4; t++)
+                    group_product<1>(y, fk[t], panel_descriptor(v + t * 2048), t > 0);
+                group_commit();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
+                group_commit();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    mma(z, fk[t], kOnes, kOnes);
+                group_wait<1>();
+                group_hold(y);
+                send_tile_state(shared, worker, stage, y, z, rank);
+            } else {
+                group_begin();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
+                group_commit();
+            }
+            const int n0 = 16 * warp + lane / 4;
+            const float *log_decay = shared.log_decay[worker][stage];
+            const float c0 = log_decay[n0], c1 = log_decay[n0 + 8];
+            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f}, carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             group_wait<0>();
             group_hold(weights);
 #pragma unroll
@@ -296,7 +372,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
                     const int m = 16 * t + 8 * h + 2 * (lane % 4);
                     float *x = weights[2 * t + h];
                     if (t <= warp) {
-                        const float2 c = *reinterpret_cast<const float2 *>(&shared.log_decay[worker][m]);
+                        const float2 c = *reinterpret_cast<const float2 *>(&log_decay[m]);
                         x[0] *= exp2_fast(c0 - c.x);
                         x[1] *= exp2_fast(c0 - c.y);
                         x[2] *= exp2_fast(c1 - c.x);
@@ -323,11 +399,11 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
             for (int t = 0; t < 4; t++)
                 mma(mass, fw[t], kOnes, kOnes);
             if (i == 0) {
+                if (more && warp == 0)
+                    store_gates(a, shared, worker, stage ^ 1, logits);
                 wait_phase(state_full, stage);
                 publish_to_wgmma();
             }
-            group_wait<0>();
-            group_hold(y);
             group_begin();
 #pragma unroll
             for (int t = 0; t < 4; t++)
@@ -342,6 +418,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
             const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
                         scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
             group_wait<0>();
+            group_hold(y);
             group_hold(weights);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -355,7 +432,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
             __syncwarp();
             const int first_row = 16 * warp + lane / 8;
             const int64_t n = (int64_t)tile * 64 + first_row;
-            __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + q_column + i * 64 + lane % 8 * 8;
+            __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + q_column(w) + i * 64 + lane % 8 * 8;
 #pragma unroll
             for (int t = 0; t < 4; t++) {
                 const uint4 x = load_shared16(panel_unit(q, first_row + 4 * t, lane % 8));
@@ -363,76 +440,120 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterWork
                     __stcs(reinterpret_cast<uint4 *>(to + 4 * t * a.y_stride), x);
             }
             worker_sync(worker);
-            if (i + 1 < heads)
-                copy_tile(a, w, tile, q_column + (i + 1) * 64, q);
-            else if (more)
-                copy_tile(a, w, tile + kWaveTiles, q_column, q);
-            copy_commit();
         }
+        if (next.item < 0)
+            break;
+        w = next;
+        wave = next_wave;
     }
 }
 
 // Rows 8 block ... of the running state; a thread has 4 columns of one row.
-__device__ __forceinline__ void run_recurrence(const DenseArgs &a, const ClusterWork &w, ClusterShared &shared, int block) {
+__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
     const int thread = threadIdx.x % 128, local = thread / 16, row = 8 * block + local, column = thread % 16 * 4;
-    const int64_t at = w.cache;
-    float *state = a.state + (at * 64 + row) * 64 + column;
-    float4 s = *reinterpret_cast<const float4 *>(state);
-    float z = a.mass[at * 64 + row];
-    double log_sum = 0.0;
-    if (w.begin > 0) { // the tokens of the open tile before the span
-        const float *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
-        const double *open_c = a.open_c + at * 64;
-        log_sum = open_c[w.begin - 1];
-        const float carried = (float)exp(log_sum);
-        s.x *= carried, s.y *= carried, s.z *= carried, s.w *= carried, z *= carried;
-        for (int m = 0; m < w.begin; m++) {
-            const float k = (float)exp(log_sum - open_c[m]) * open_k[m * 64];
-            const float4 v = *reinterpret_cast<const float4 *>(open_v + m * 64);
-            s.x += k * v.x, s.y += k * v.y, s.z += k * v.z, s.w += k * v.w, z += k;
-        }
-        log_sum *= 1.4426950408889634;
-    }
-    const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
     const uint32_t inbox_full = shared_address(&shared.inbox_full);
     const uint32_t unit_offset = (((column / 8) ^ local) << 4) + column % 8 * 2;
     const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
-    auto close = [&] {
-        *reinterpret_cast<float4 *>(state) = s;
-        if (column == 0)
-            a.mass[at * 64 + row] = z;
-        if (block == 0 && thread == 0)
-            a.decay_end[at] += log_sum * 0.6931471805599453;
-    };
     int phase = 0;
-    for (int wave = 0; wave < w.n_tiles; wave += kWaveTiles, phase ^= 1) {
-        const int n = min(kWaveTiles, w.n_tiles - wave);
-        if (thread == 0)
-            expect_bytes(inbox_full, n * (8 * kPanelRowBytes + (int)sizeof(TileSlice)));
-        wait_phase(inbox_full, phase);
-#pragma unroll 4
-        for (int t = 0; t < n; t++) {
-            const uint2 own = *reinterpret_cast<const uint2 *>(shared.inbox[t] + local * kPanelRowBytes + unit_offset);
-            const float own_z = shared.inbox_slices[t].z[local], log_decay = shared.inbox_slices[t].log_decay;
-            const int to_block = t / kWorkers, to_worker = t % kWorkers;
-            const uint32_t barrier = in_block(shared_address(&shared.state_full[to_worker]), to_block);
-            send(in_block(shared_address(shared.worker[to_worker].state) + out_offset, to_block), pack_bf16(s.x, s.y), pack_bf16(s.z, s.w),
-                 barrier);
+    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0; w = next_work(a, w.item + n_clusters, n_clusters)) {
+        const int64_t at = w.cache;
+        float *state = a.state + (at * 64 + row) * 64 + column;
+        float *carry = a.ring + (int64_t)w.pair * kCarryFloats;
+        double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
+        int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
+        float4 s;
+        float z;
+        double log_sum = 0.0;
+        if (w.piece == 0) {
+            s = *reinterpret_cast<const float4 *>(state);
+            z = a.mass[at * 64 + row];
+            if (w.begin > 0) { // the tokens of the open tile before the span
+                const float *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
+                const double *open_c = a.open_c + at * 64;
+                log_sum = open_c[w.begin - 1];
+                const float carried = (float)exp(log_sum);
+                s.x *= carried, s.y *= carried, s.z *= carried, s.w *= carried, z *= carried;
+                for (int m = 0; m < w.begin; m++) {
+                    const float k = (float)exp(log_sum - open_c[m]) * open_k[m * 64];
+                    const float4 v = *reinterpret_cast<const float4 *>(open_v + m * 64);
+                    s.x += k * v.x, s.y += k * v.y, s.z += k * v.z, s.w += k * v.w, z += k;
+                }
+                log_sum *= 1.4426950408889634;
+            }
+        } else {
+            if (thread == 0) {
+                while (*reinterpret_cast<const volatile int *>(pieces_done) < w.piece)
+                    __nanosleep(20);
+                __threadfence();
+            }
+            worker_sync(kWorkers);
+            s = __ldcg(reinterpret_cast<const float4 *>(carry + row * 64 + column));
+            z = __ldcg(carry + 64 * 64 + row);
+            if (block == 0)
+                log_sum = __ldcg(carry_log);
+        }
+        const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
+        auto close = [&] {
+            *reinterpret_cast<float4 *>(state) = s;
             if (column == 0)
-                send(in_block(shared_address(&shared.mass[to_worker][row]), to_block), __float_as_uint(z), barrier);
-            if (wave + t == open_tile && open_tile > 0)
+                a.mass[at * 64 + row] = z;
+            if (block == 0 && thread == 0)
+                a.decay_end[at] += log_sum * 0.6931471805599453;
+        };
+        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, phase ^= 1) {
+            const int n = min(kWaveTiles, w.end_tile - wave);
+            if (thread == 0)
+                expect_bytes(inbox_full, n * (8 * kPanelRowBytes + (int)sizeof(TileSlice)));
+            wait_phase(inbox_full, phase);
+            constexpr int batch = 6;
+#pragma unroll 1
+            for (int t0 = 0; t0 < kWaveTiles; t0 += batch) {
+                uint2 own[batch];
+                float own_z[batch], decay[batch];
+#pragma unroll
+                for (int u = 0; u < batch; u++) {
+                    own[u] = *reinterpret_cast<const uint2 *>(shared.inbox[t0 + u] + local * kPanelRowBytes + unit_offset);
+                    own_z[u] = shared.inbox_slices[t0 + u].z[local];
+                    decay[u] = shared.inbox_slices[t0 + u].log_decay;
+                }
+#pragma unroll
+                for (int u = 0; u < batch; u++) {
+                    const int t = t0 + u, to_block = t / kWorkers, to_worker = t % kWorkers;
+                    const uint32_t barrier = in_block(shared_address(&shared.state_full[to_worker]), to_block);
+                    if (column == 0)
+                        send(in_block(shared_address(&shared.mass[to_worker][row]), to_block), __float_as_uint(z), barrier);
+                    if (t < n) {
+                        send(in_block(shared_address(shared.worker[to_worker].state) + out_offset, to_block), pack_bf16(s.x, s.y),
+                             pack_bf16(s.z, s.w), barrier);
+                        if (wave + t == open_tile && open_tile > 0)
+                            close();
+                        const float by = exp2_fast(decay[u]);
+                        s.x = by * s.x + low_of(own[u].x);
+                        s.y = by * s.y + high_of(own[u].x);
+                        s.z = by * s.z + low_of(own[u].y);
+                        s.w = by * s.w + high_of(own[u].y);
+                        z = by * z + own_z[u];
+                        if (block == 0 && thread < 32)
+                            log_sum += decay[u];
+                    }
+                }
+            }
+        }
+        if (w.end_tile * (int64_t)64 >= w.end) {
+            if (open_tile == w.end_tile)
                 close();
-            const float decay = exp2_fast(log_decay);
-            s.x = decay * s.x + low_of(own.x);
-            s.y = decay * s.y + high_of(own.x);
-            s.z = decay * s.z + low_of(own.y);
-            s.w = decay * s.w + high_of(own.y);
-            z = decay * z + own_z;
-            log_sum += log_decay;
+        } else {
+            __stcg(reinterpret_cast<float4 *>(carry + row * 64 + column), s);
+            if (column == 0)
+                __stcg(carry + 64 * 64 + row, z);
+            if (block == 0 && thread == 0)
+                __stcg(carry_log, log_sum);
+            __threadfence();
+            worker_sync(kWorkers);
+            if (thread == 0)
+                *reinterpret_cast<volatile int *>(pieces_done) = w.piece + 1;
         }
     }
-    if (open_tile == w.n_tiles)
-        close();
 }
 
 __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kClusterThreads, 1)
@@ -440,16 +561,8 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) unsigned char bytes[];
     ClusterShared &shared = *reinterpret_cast<ClusterShared *>(bytes);
-    const int block = blockIdx.x % kClusterBlocks, work = blockIdx.x / kClusterBlocks;
+    const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks, n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    const ts_span span = a.spans[work / a.n_kv_heads];
-    ClusterWork w;
-    w.begin = (int)(span.position % 64);
-    w.row = span.row - w.begin;
-    w.end = w.begin + span.n_tokens;
-    w.head = work % a.n_kv_heads;
-    w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
-    w.n_tiles = (int)((w.end + 63) / 64);
     if (threadIdx.x == 0) {
         const uint64_t *barriers[1 + kWorkers] = {&shared.inbox_full, &shared.state_full[0], &shared.state_full[1], &shared.state_full[2]};
 #pragma unroll
@@ -460,10 +573,10 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
     cluster_sync();
     if (group < kWorkers) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
-        run_worker(a, w, shared, group, block);
+        run_worker(a, shared, group, block, cluster, n_clusters);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        run_recurrence(a, w, shared, block);
+        run_recurrence(a, shared, block, cluster, n_clusters);
     }
     cluster_sync();
 #endif

@@ -319,7 +319,9 @@ static void time_shape(int d, int64_t n, int capability, const cudaDeviceProp &d
     batch.n_spans = 1, batch.n_rows = n, batch.spans = &span, batch.device_spans = device_span;
     ts_attention_args args = {};
     args.batch = &batch, args.cache = &cache.layer, args.decay_temperature = c.temperature, args.normalizer_eps = kEps;
-    const ts_cuda_attention_dense_plan plan = {device.multiProcessorCount, capability};
+    ts_cuda_attention_dense_plan plan;
+    OK(ts_cuda_attention_dense_plan_create(&plan));
+    plan.capability = capability;
     auto use = [&](int i) {
         args.qkvg = {qkvg[i], TS_BF16, n, (int64_t)3 * width + 32, stride};
         args.y = {y[i], TS_BF16, n, width, width};
@@ -428,8 +430,10 @@ int main(int n_args, char **arg) {
     for (const Case &c : cases) {
         if (only && c.d != only)
             continue;
-        const ts_cuda_attention_dense_plan plan = {device.multiProcessorCount, capability},
-                                           older = {device.multiProcessorCount, 80};
+        ts_cuda_attention_dense_plan plan, older;
+        OK(ts_cuda_attention_dense_plan_create(&plan));
+        older = plan;
+        older.capability = 80;
         good &= check<__nv_bfloat16>(c, plan, "bf16");
         if (capability == 90)
             good &= check<__nv_bfloat16>(c, older, "sm_80");
