@@ -35,6 +35,24 @@ struct TileSlice {
     float unused[3];
 };
 
+// Gates of a tile's tokens, eqs. (2), (3), (5).
+struct Gates {
+    float log_decay[64]; // c, in powers of 2
+    __nv_bfloat16 key_gate[64];
+    __nv_bfloat16 to_end[64]; // e^{c_last - c_m}
+};
+
+// 24 tiles or fewer of a piece. Tokens are counted from the first tile's first.
+struct Wave {
+    int64_t row;    // of token 0 in the batch; negative where the span begins inside the first tile
+    int head;
+    int n_tiles;    // 0 after the last piece
+    int begin, end; // the span's tokens
+};
+
+constexpr int kGateStages = 3; // a tile's gates are read until the tile after it begins, and written one tile ahead
+constexpr int kWaveStages = 4; // likewise, and one more ahead for the loads
+
 struct WorkerShared {
     unsigned char k[2][kTileBytes], v[2][kTileBytes], q[2][kTileBytes];
     unsigned char state[kTileBytes]; // S_t on its way out, then S^ as it comes in
@@ -46,9 +64,9 @@ struct ClusterShared {
     TileSlice inbox_slices[kWaveTiles];
     TileSlice outbox[kWorkers][kClusterBlocks];
     float mass[kWorkers][64]; // z^
-    float log_decay[kWorkers][2][64];
-    __nv_bfloat16 key_gate[kWorkers][2][64], to_end[kWorkers][2][64];
-    uint64_t inbox_full, state_full[kWorkers];
+    Gates gates[kWorkers][kGateStages];
+    Wave wave[kWaveStages];
+    uint64_t inbox_full, state_full[kWorkers], gates_full[kWorkers];
 };
 
 __device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
@@ -137,55 +155,41 @@ __device__ __forceinline__ void worker_sync(int worker) {
     asm volatile("bar.sync %0, 128;" ::"r"(worker + 1) : "memory");
 }
 
-// The tile's rows of 64 columns into a panel; rows outside the span become 0.
-__device__ __forceinline__ void copy_tile(const DenseArgs &a, const ClusterWork &w, int tile, int64_t column, uint32_t panel) {
+// The rows of 64 columns of tile `rank` of the wave into a panel; rows outside the span become 0.
+__device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int rank, int64_t column, uint32_t panel) {
     const int unit = threadIdx.x & 7, row = threadIdx.x % 128 / 8;
-    const __nv_bfloat16 *from = a.qkvg + (w.row + (int64_t)tile * 64 + row) * a.stride + column + 8 * unit;
+    const __nv_bfloat16 *from = a.qkvg + (w.row + rank * 64 + row) * a.stride + column + 8 * unit;
     const uint32_t to = panel_unit(panel, row, unit);
     const int64_t step = 16 * a.stride;
-    if ((tile > 0 || w.begin == 0) && (int64_t)(tile + 1) * 64 <= w.end) {
+    if (rank * 64 >= w.begin && (rank + 1) * 64 <= w.end) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
             copy_async(to + i * 16 * kPanelRowBytes, from + i * step);
     } else {
 #pragma unroll 1
         for (int i = 0; i < 4; i++) {
-            const int64_t n = (int64_t)tile * 64 + row + 16 * i;
+            const int n = rank * 64 + row + 16 * i;
             const bool valid = n >= w.begin && n < w.end;
             copy_async(to + i * 16 * kPanelRowBytes, valid ? from + i * step : a.qkvg, valid);
         }
     }
 }
 
-// Gate logits of two tokens of the tile, for a lane of a worker's first warp.
-struct GateLogits {
-    __nv_bfloat16 key[2], decay[2];
-    bool valid[2];
-};
-
-__device__ __forceinline__ GateLogits load_logits(const DenseArgs &a, const ClusterWork &w, int tile) {
-    GateLogits g;
+// Eqs. (2), (3), (5) for tile `rank` of the wave, by one warp.
+__device__ __forceinline__ void store_gates(const DenseArgs &a, const Wave &w, int rank, Gates &gates) {
     const int lane = threadIdx.x & 31;
-    const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int64_t n = (int64_t)tile * 64 + 2 * lane + i;
-        g.valid[i] = n >= w.begin && n < w.end;
-        const __nv_bfloat16 *from = a.qkvg + (g.valid[i] ? (w.row + n) * a.stride + column : 0);
-        g.key[i] = from[0];
-        g.decay[i] = from[g.valid[i] ? a.n_kv_heads : 0];
-    }
-    return g;
-}
-
-// Eqs. (2), (3), (5) for the tile, by one warp.
-__device__ __forceinline__ void store_gates(const DenseArgs &a, ClusterShared &shared, int worker, int stage, const GateLogits &g) {
-    const int lane = threadIdx.x & 31;
+    const __nv_bfloat16 *from =
+        a.qkvg + (w.row + rank * 64 + 2 * lane) * a.stride + (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
     float gate[2], decay[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(g.key[i]))) : 0.0f;
-        decay[i] = g.valid[i] ? log_sigmoid(__bfloat162float(g.decay[i])) * a.decay_scale : 0.0f;
+        const int n = rank * 64 + 2 * lane + i;
+        gate[i] = decay[i] = 0.0f;
+        if (n >= w.begin && n < w.end) {
+            const __nv_bfloat16 key = from[i * a.stride], past = from[i * a.stride + a.n_kv_heads];
+            gate[i] = __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(key)));
+            decay[i] = log_sigmoid(__bfloat162float(past)) * a.decay_scale;
+        }
     }
     float sum = decay[0] + decay[1];
 #pragma unroll
@@ -196,36 +200,43 @@ __device__ __forceinline__ void store_gates(const DenseArgs &a, ClusterShared &s
     }
     const float before = __shfl_up_sync(~0u, sum, 1);
     const float last = __shfl_sync(~0u, sum, 31), c0 = (lane == 0 ? 0.0f : before) + decay[0];
-    *reinterpret_cast<float2 *>(&shared.log_decay[worker][stage][2 * lane]) = make_float2(c0, sum);
-    *reinterpret_cast<uint32_t *>(&shared.key_gate[worker][stage][2 * lane]) = pack_bf16(gate[0], gate[1]);
-    *reinterpret_cast<uint32_t *>(&shared.to_end[worker][stage][2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
+    *reinterpret_cast<float2 *>(&gates.log_decay[2 * lane]) = make_float2(c0, sum);
+    *reinterpret_cast<uint32_t *>(&gates.key_gate[2 * lane]) = pack_bf16(gate[0], gate[1]);
+    *reinterpret_cast<uint32_t *>(&gates.to_end[2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
 }
 
 // k becomes k^ in place, eq. (4).
-__device__ __forceinline__ void map_tile_keys(const ClusterShared &shared, int worker, int stage, uint32_t k) {
+__device__ __forceinline__ void map_tile_keys(const Gates &gates, uint32_t k) {
     const int thread = threadIdx.x % 128, row = thread / 8;
-    const unsigned short *gate = reinterpret_cast<const unsigned short *>(shared.key_gate[worker][stage]) + row;
+    const unsigned short *gate = reinterpret_cast<const unsigned short *>(gates.key_gate) + row;
     const uint32_t at = panel_unit(k, row, thread & 7);
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = load_shared16(at + i * 16 * kPanelRowBytes);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint4 x = load_shared16(at + i * 16 * kPanelRowBytes);
         const uint32_t g = gate[16 * i] * 0x10001u;
-        x.x = multiply_bf16(feature_map(x.x), g);
-        x.y = multiply_bf16(feature_map(x.y), g);
-        x.z = multiply_bf16(feature_map(x.z), g);
-        x.w = multiply_bf16(feature_map(x.w), g);
-        store_shared16(at + i * 16 * kPanelRowBytes, x);
+        x[i].x = multiply_bf16(feature_map(x[i].x), g);
+        x[i].y = multiply_bf16(feature_map(x[i].y), g);
+        x[i].z = multiply_bf16(feature_map(x[i].z), g);
+        x[i].w = multiply_bf16(feature_map(x[i].w), g);
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        store_shared16(at + i * 16 * kPanelRowBytes, x[i]);
 }
 
 // Fragments of e^{c_last - c_m} k^_m, transposed.
-__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const ClusterShared &shared, int worker, int stage, uint32_t k) {
+__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates &gates, uint32_t k) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * warp + ((lane >> 3) & 1);
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
+    for (int t = 0; t < 4; t++)
         load_matrices_transposed(fk[t], panel_unit(k, 16 * t + row, unit));
-        const uint32_t *weight = reinterpret_cast<const uint32_t *>(&shared.to_end[worker][stage][16 * t]) + lane % 4;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const uint32_t *weight = reinterpret_cast<const uint32_t *>(&gates.to_end[16 * t]) + lane % 4;
         const uint32_t low = weight[0], high = weight[4];
         fk[t][0] = multiply_bf16(fk[t][0], low);
         fk[t][1] = multiply_bf16(fk[t][1], low);
@@ -235,8 +246,8 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Clust
 }
 
 // S_t and z_t, from the accumulators, to the blocks that own their rows.
-__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Accumulator &s, const float (&z)[4],
-                                                int rank) {
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, float log_decay, const Accumulator &s,
+                                                const float (&z)[4], int rank) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
     const uint32_t state = shared_address(shared.worker[worker].state);
     store_accumulator(state, 16 * warp, s, 1.0f, 1.0f);
@@ -245,7 +256,7 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worke
         shared.outbox[worker][2 * warp + 1].z[lane / 4] = z[2];
     }
     if (lane < 2)
-        shared.outbox[worker][2 * warp + lane].log_decay = shared.log_decay[worker][stage][63];
+        shared.outbox[worker][2 * warp + lane].log_decay = log_decay;
     publish_to_wgmma();
     worker_sync(worker);
     if (thread < kClusterBlocks) {
@@ -259,75 +270,63 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worke
     __syncwarp();
 }
 
-__device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &shared, int worker, int block, int cluster,
-                                           int n_clusters) {
+__device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &shared, int worker, int block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
     WorkerShared &mine = shared.worker[worker];
     const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q_base = shared_address(mine.q[0]);
-    const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]);
-    auto q_column = [&](const ClusterWork &w) { return (int64_t)w.head * heads * 64; };
-    auto load_tile = [&](const ClusterWork &w, int tile, int stage, int q_stage) {
-        const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
-        copy_tile(a, w, tile, k_column, k_base + stage * kTileBytes);
-        copy_tile(a, w, tile, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
-        copy_tile(a, w, tile, q_column(w), q_base + q_stage * kTileBytes);
-    };
-    ClusterWork w = next_work(a, cluster, n_clusters);
-    if (w.item < 0)
-        return;
-    int wave = w.first_tile, stage = 0, q_stage = 0;
-    GateLogits logits = {};
-    if (wave + rank < w.end_tile) {
-        load_tile(w, wave + rank, 0, 0);
-        if (warp == 0)
-            store_gates(a, shared, worker, 0, load_logits(a, w, wave + rank));
-    }
-    copy_commit();
-    for (;; stage ^= 1) {
-        const int tile = wave + rank;
-        const bool is_active = tile < w.end_tile;
-        // What comes after this wave.
-        ClusterWork next = w;
-        int next_wave = wave + kWaveTiles;
-        if (next_wave >= w.end_tile) {
-            next = next_work(a, w.item + n_clusters, n_clusters);
-            next_wave = next.first_tile;
+    const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]),
+                   gates_full = shared_address(&shared.gates_full[worker]);
+    auto load_tile = [&](const Wave &w, int stage, int q_stage) {
+        if (rank < w.n_tiles) {
+            const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
+            copy_tile(a, w, rank, k_column, k_base + stage * kTileBytes);
+            copy_tile(a, w, rank, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
+            copy_tile(a, w, rank, (int64_t)w.head * heads * 64, q_base + q_stage * kTileBytes);
         }
-        const bool more = next.item >= 0 && next_wave + rank < next.end_tile;
-        if (!is_active) {
-            if (more) {
-                load_tile(next, next_wave + rank, stage ^ 1, q_stage ^ 1);
-                if (warp == 0)
-                    store_gates(a, shared, worker, stage ^ 1, load_logits(a, next, next_wave + rank));
-            }
-            copy_commit();
+        copy_commit();
+    };
+    int stage = 0, q_stage = 0, gate_stage = 0, wave_stage = 0;
+    wait_phase(gates_full, 0);
+    load_tile(shared.wave[0], 0, 0);
+    for (;; stage ^= 1) {
+        const Wave &w = shared.wave[wave_stage];
+        if (w.n_tiles == 0)
+            break;
+        wave_stage = (wave_stage + 1) % kWaveStages;
+        const Wave &next = shared.wave[wave_stage];
+        if (rank >= w.n_tiles) { // only keeps step
+            load_tile(next, stage ^ 1, q_stage ^ 1);
             if (threadIdx.x % 128 == 0)
                 expect_bytes(state_full, 64 * 4);
             wait_phase(state_full, stage);
+            worker_sync(worker);
             q_stage ^= 1;
         }
-        for (int i = 0; is_active && i < heads; i++, q_stage ^= 1) {
+        const Gates &gates = shared.gates[worker][gate_stage];
+        gate_stage = (gate_stage + 1) % kGateStages;
+        for (int i = 0; rank < w.n_tiles && i < heads; i++, q_stage ^= 1) {
             const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, q = q_base + q_stage * kTileBytes;
-            if (i + 1 < heads)
-                copy_tile(a, w, tile, q_column(w) + (i + 1) * 64, q_base + (q_stage ^ 1) * kTileBytes);
-            else if (more)
-                load_tile(next, next_wave + rank, stage ^ 1, q_stage ^ 1);
-            copy_commit();
-            if (i == 0 && more && warp == 0)
-                logits = load_logits(a, next, next_wave + rank);
+            const int64_t q_column = ((int64_t)w.head * heads + i) * 64;
+            if (i + 1 < heads) {
+                copy_tile(a, w, rank, q_column + 64, q_base + (q_stage ^ 1) * kTileBytes);
+                copy_commit();
+            } else {
+                load_tile(next, stage ^ 1, q_stage ^ 1);
+            }
             copy_wait<1>();
             worker_sync(worker);
             if (i == 0)
-                map_tile_keys(shared, worker, stage, k);
+                map_tile_keys(gates, k);
             uint32_t fq[4][4], fw[4][4];
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
+            for (int t = 0; t < 4; t++)
                 load_matrices(fq[t], panel_unit(q, 16 * warp + (lane & 15), 2 * t + (lane >> 4)));
+#pragma unroll
+            for (int t = 0; t < 4; t++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     fq[t][e] = feature_map(fq[t][e]);
-            }
             if (i == 0) {
                 publish_to_wgmma();
                 worker_sync(worker);
@@ -336,7 +335,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             if (i == 0) {
                 uint32_t fk[4][4];
                 float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                load_tile_keys(fk, shared, worker, stage, k);
+                load_tile_keys(fk, gates, k);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
@@ -351,7 +350,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                     mma(z, fk[t], kOnes, kOnes);
                 group_wait<1>();
                 group_hold(y);
-                send_tile_state(shared, worker, stage, y, z, rank);
+                send_tile_state(shared, worker, gates.log_decay[63], y, z, rank);
             } else {
                 group_begin();
 #pragma unroll
@@ -360,7 +359,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 group_commit();
             }
             const int n0 = 16 * warp + lane / 4;
-            const float *log_decay = shared.log_decay[worker][stage];
+            const float *log_decay = gates.log_decay;
             const float c0 = log_decay[n0], c1 = log_decay[n0 + 8];
             float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f}, carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
             group_wait<0>();
@@ -399,8 +398,6 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             for (int t = 0; t < 4; t++)
                 mma(mass, fw[t], kOnes, kOnes);
             if (i == 0) {
-                if (more && warp == 0)
-                    store_gates(a, shared, worker, stage ^ 1, logits);
                 wait_phase(state_full, stage);
                 publish_to_wgmma();
             }
@@ -430,21 +427,21 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             // Through the warp's own rows of q, so that a row of y is written in units of 16 bytes.
             store_accumulator(q, 16 * warp, y, scale0, scale1);
             __syncwarp();
-            const int first_row = 16 * warp + lane / 8;
-            const int64_t n = (int64_t)tile * 64 + first_row;
-            __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + q_column(w) + i * 64 + lane % 8 * 8;
+            const int first_row = 16 * warp + lane / 8, n = rank * 64 + first_row;
+            __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + q_column + lane % 8 * 8;
+            uint4 x[4];
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+                x[t] = load_shared16(panel_unit(q, first_row + 4 * t, lane % 8));
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                const uint4 x = load_shared16(panel_unit(q, first_row + 4 * t, lane % 8));
                 if (n + 4 * t >= w.begin && n + 4 * t < w.end)
-                    __stcs(reinterpret_cast<uint4 *>(to + 4 * t * a.y_stride), x);
+                    __stcs(reinterpret_cast<uint4 *>(to), x[t]);
+                to += 4 * a.y_stride;
             }
             worker_sync(worker);
         }
-        if (next.item < 0)
-            break;
-        w = next;
-        wave = next_wave;
+        wait_phase(gates_full, stage ^ 1);
     }
 }
 
@@ -454,6 +451,45 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     const uint32_t inbox_full = shared_address(&shared.inbox_full);
     const uint32_t unit_offset = (((column / 8) ^ local) << 4) + column % 8 * 2;
     const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
+    // Waves are told to the workers two ahead, and the gates of their tiles one ahead: warp i of this group does worker i's.
+    const int warp = thread / 32;
+    ClusterWork ahead = next_work(a, cluster, n_clusters);
+    int ahead_tile = ahead.first_tile, ahead_stage = 0, gate_stage = 0, gate_wave = 0;
+    auto tell_wave = [&] {
+        Wave wave = {0, 0, 0, 0, 0};
+        if (ahead.item >= 0) {
+            wave.row = ahead.row + (int64_t)ahead_tile * 64;
+            wave.head = ahead.head;
+            wave.n_tiles = min(kWaveTiles, ahead.end_tile - ahead_tile);
+            wave.begin = ahead_tile == 0 ? ahead.begin : 0;
+            wave.end = (int)min(ahead.end - (int64_t)ahead_tile * 64, (int64_t)kWaveTiles * 64);
+            ahead_tile += kWaveTiles;
+            if (ahead_tile >= ahead.end_tile) {
+                ahead = next_work(a, ahead.item + n_clusters, n_clusters);
+                ahead_tile = ahead.first_tile;
+            }
+        }
+        if (thread == 0)
+            shared.wave[ahead_stage] = wave;
+        ahead_stage = (ahead_stage + 1) % kWaveStages;
+        worker_sync(kWorkers);
+    };
+    auto tell_gates = [&] {
+        if (warp < kWorkers) {
+            const Wave &wave = shared.wave[gate_wave];
+            const int rank = block * kWorkers + warp;
+            if (rank < wave.n_tiles)
+                store_gates(a, wave, rank, shared.gates[warp][gate_stage]);
+            __syncwarp();
+            if (thread % 32 == 0)
+                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[warp])) : "memory");
+        }
+        gate_stage = (gate_stage + 1) % kGateStages;
+        gate_wave = (gate_wave + 1) % kWaveStages;
+    };
+    tell_wave();
+    tell_wave();
+    tell_gates();
     int phase = 0;
     for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0; w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
@@ -502,6 +538,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         };
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, phase ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
+            tell_wave();
+            tell_gates();
             if (thread == 0)
                 expect_bytes(inbox_full, n * (8 * kPanelRowBytes + (int)sizeof(TileSlice)));
             wait_phase(inbox_full, phase);
@@ -564,18 +602,22 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
     const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks, n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        const uint64_t *barriers[1 + kWorkers] = {&shared.inbox_full, &shared.state_full[0], &shared.state_full[1], &shared.state_full[2]};
-#pragma unroll
-        for (int i = 0; i < 1 + kWorkers; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers[i])) : "memory");
+        auto begin = [](const uint64_t &barrier) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+        };
+        begin(shared.inbox_full);
+        for (int i = 0; i < kWorkers; i++) {
+            begin(shared.state_full[i]);
+            begin(shared.gates_full[i]);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
     if (group < kWorkers) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
-        run_worker(a, shared, group, block, cluster, n_clusters);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
+        run_worker(a, shared, group, block);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         run_recurrence(a, shared, block, cluster, n_clusters);
     }
     cluster_sync();
