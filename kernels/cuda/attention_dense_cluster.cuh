@@ -66,7 +66,7 @@ struct ClusterShared {
     float mass[kWorkers][64]; // z^
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
-    uint64_t inbox_full, state_full[kWorkers], gates_full[kWorkers];
+    uint64_t inbox_full, state_full[kWorkers], gates_full[kWorkers][2]; // of even and of odd waves
 };
 
 __device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
@@ -276,7 +276,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     WorkerShared &mine = shared.worker[worker];
     const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q_base = shared_address(mine.q[0]);
     const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]),
-                   gates_full = shared_address(&shared.gates_full[worker]);
+                   gates_full = shared_address(&shared.gates_full[worker][0]);
     auto load_tile = [&](const Wave &w, int stage, int q_stage) {
         if (rank < w.n_tiles) {
             const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
@@ -286,7 +286,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
         }
         copy_commit();
     };
-    int stage = 0, q_stage = 0, gate_stage = 0, wave_stage = 0;
+    int stage = 0, q_stage = 0, gate_stage = 0, wave_stage = 0, parity = 0;
     wait_phase(gates_full, 0);
     load_tile(shared.wave[0], 0, 0);
     for (;; stage ^= 1) {
@@ -297,8 +297,14 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
         const Wave &next = shared.wave[wave_stage];
         if (rank >= w.n_tiles) { // only keeps step
             load_tile(next, stage ^ 1, q_stage ^ 1);
-            if (threadIdx.x % 128 == 0)
-                expect_bytes(state_full, 64 * 4);
+            if (threadIdx.x % 128 < kClusterBlocks) {
+                const int thread = threadIdx.x % 128;
+                if (thread == 0)
+                    expect_bytes(state_full, 64 * 4);
+                send_bulk(in_block(shared_address(&shared.inbox_slices[rank]), thread), shared_address(&shared.outbox[worker][thread]),
+                          sizeof(TileSlice), in_block(shared_address(&shared.inbox_full), thread));
+            }
+            __syncwarp();
             wait_phase(state_full, stage);
             worker_sync(worker);
             q_stage ^= 1;
@@ -441,7 +447,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             }
             worker_sync(worker);
         }
-        wait_phase(gates_full, stage ^ 1);
+        parity ^= stage;
+        wait_phase(gates_full + 8 * (stage ^ 1), parity);
     }
 }
 
@@ -454,7 +461,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     // Waves are told to the workers two ahead, and the gates of their tiles one ahead: warp i of this group does worker i's.
     const int warp = thread / 32;
     ClusterWork ahead = next_work(a, cluster, n_clusters);
-    int ahead_tile = ahead.first_tile, ahead_stage = 0, gate_stage = 0, gate_wave = 0;
+    int ahead_tile = ahead.first_tile, ahead_stage = 0, gate_stage = 0, gate_wave = 0, gate_parity = 0;
     auto tell_wave = [&] {
         Wave wave = {0, 0, 0, 0, 0};
         if (ahead.item >= 0) {
@@ -482,8 +489,10 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                 store_gates(a, wave, rank, shared.gates[warp][gate_stage]);
             __syncwarp();
             if (thread % 32 == 0)
-                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[warp])) : "memory");
+                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[warp][gate_parity]))
+                             : "memory");
         }
+        gate_parity ^= 1;
         gate_stage = (gate_stage + 1) % kGateStages;
         gate_wave = (gate_wave + 1) % kWaveStages;
     };
@@ -541,7 +550,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             tell_wave();
             tell_gates();
             if (thread == 0)
-                expect_bytes(inbox_full, n * (8 * kPanelRowBytes + (int)sizeof(TileSlice)));
+                expect_bytes(inbox_full, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
             wait_phase(inbox_full, phase);
             constexpr int batch = 6;
 #pragma unroll 1
@@ -608,7 +617,8 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
         begin(shared.inbox_full);
         for (int i = 0; i < kWorkers; i++) {
             begin(shared.state_full[i]);
-            begin(shared.gates_full[i]);
+            begin(shared.gates_full[i][0]);
+            begin(shared.gates_full[i][1]);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
