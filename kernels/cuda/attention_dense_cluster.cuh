@@ -32,7 +32,8 @@ constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a do
 struct TileSlice {
     float z[8];
     float log_decay; // of the tile, in powers of 2
-    float unused[3];
+    float decay;     // 2^log_decay
+    float unused[2];
 };
 
 // Gates of a tile's tokens, eqs. (2), (3), (5).
@@ -50,23 +51,23 @@ struct Wave {
     int begin, end; // the span's tokens
 };
 
-constexpr int kGateStages = 3; // a tile's gates are read until the tile after it begins, and written one tile ahead
-constexpr int kWaveStages = 4; // likewise, and one more ahead for the loads
+constexpr int kGateStages = 3; // gates are written two waves ahead
+constexpr int kWaveStages = 8; // waves are told three ahead
 
 struct WorkerShared {
-    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[2][kTileBytes];
-    unsigned char state[kTileBytes]; // S_t on its way out, then S^ as it comes in
+    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[kTileBytes];
+    unsigned char state[2][kTileBytes]; // S_t on its way out, then S^ as it comes in, then y on its way out
 };
 
 struct ClusterShared {
     WorkerShared worker[kWorkers];
-    unsigned char inbox[kWaveTiles][8 * kPanelRowBytes];
-    TileSlice inbox_slices[kWaveTiles];
-    TileSlice outbox[kWorkers][kClusterBlocks];
-    float mass[kWorkers][64]; // z^
+    unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
+    TileSlice inbox_slices[2][kWaveTiles];
+    TileSlice outbox[kWorkers][2][kClusterBlocks];
+    float mass[kWorkers][2][64]; // z^
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
-    uint64_t inbox_full, state_full[kWorkers], gates_full[kWorkers][2]; // of even and of odd waves
+    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2]; // of even and of odd waves
 };
 
 __device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
@@ -245,220 +246,244 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates
     }
 }
 
-// S_t and z_t, from the accumulators, to the blocks that own their rows.
-__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, float log_decay, const Accumulator &s,
-                                                const float (&z)[4], int rank) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-    const uint32_t state = shared_address(shared.worker[worker].state);
-    store_accumulator(state, 16 * warp, s, 1.0f, 1.0f);
-    if (lane % 4 == 0) {
-        shared.outbox[worker][2 * warp].z[lane / 4] = z[0];
-        shared.outbox[worker][2 * warp + 1].z[lane / 4] = z[2];
-    }
-    if (lane < 2)
-        shared.outbox[worker][2 * warp + lane].log_decay = log_decay;
-    publish_to_wgmma();
-    worker_sync(worker);
+// The worker's slice of each block goes to that block, with S_t where there is a tile.
+__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int rank, bool has_tile) {
+    const int thread = threadIdx.x % 128;
     if (thread < kClusterBlocks) {
         if (thread == 0)
-            expect_bytes(shared_address(&shared.state_full[worker]), kTileBytes + 64 * 4);
-        const uint32_t barrier = in_block(shared_address(&shared.inbox_full), thread);
-        send_bulk(in_block(shared_address(shared.inbox[rank]), thread), state + thread * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
-        send_bulk(in_block(shared_address(&shared.inbox_slices[rank]), thread), shared_address(&shared.outbox[worker][thread]),
-                  sizeof(TileSlice), barrier);
+            expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
+        const uint32_t barrier = in_block(shared_address(&shared.inbox_full[stage]), thread);
+        if (has_tile)
+            send_bulk(in_block(shared_address(shared.inbox[stage][rank]), thread),
+                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
+        send_bulk(in_block(shared_address(&shared.inbox_slices[stage][rank]), thread),
+                  shared_address(&shared.outbox[worker][stage][thread]), sizeof(TileSlice), barrier);
     }
     __syncwarp();
 }
 
+// Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates, uint32_t k, uint32_t v,
+                                                int rank) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+    map_tile_keys(gates, k);
+    publish_to_wgmma();
+    worker_sync(worker);
+    uint32_t fk[4][4];
+    float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Accumulator s;
+    load_tile_keys(fk, gates, k);
+    group_begin();
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        group_product<1>(s, fk[t], panel_descriptor(v + t * 2048), t > 0);
+    group_commit();
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        mma(z, fk[t], kOnes, kOnes);
+    TileSlice *outbox = shared.outbox[worker][stage];
+    if (lane % 4 == 0) {
+        outbox[2 * warp].z[lane / 4] = z[0];
+        outbox[2 * warp + 1].z[lane / 4] = z[2];
+    }
+    if (lane < 2) {
+        const float log_decay = gates.log_decay[63];
+        outbox[2 * warp + lane].log_decay = log_decay;
+        outbox[2 * warp + lane].decay = exp2_fast(log_decay);
+    }
+    group_wait<0>();
+    group_hold(s);
+    store_accumulator(shared_address(shared.worker[worker].state[stage]), 16 * warp, s, 1.0f, 1.0f);
+    publish_to_wgmma();
+    worker_sync(worker);
+    send_slices(shared, worker, stage, rank, true);
+}
+
+// The worker forms S of the next wave between the two halves of this wave's outputs, so that it need not wait for S^.
 __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &shared, int worker, int block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
     WorkerShared &mine = shared.worker[worker];
-    const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q_base = shared_address(mine.q[0]);
-    const uint32_t state = shared_address(mine.state), state_full = shared_address(&shared.state_full[worker]),
+    const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
+    const uint32_t state_base = shared_address(mine.state[0]), state_full = shared_address(&shared.state_full[worker][0]),
                    gates_full = shared_address(&shared.gates_full[worker][0]);
-    auto load_tile = [&](const Wave &w, int stage, int q_stage) {
+    auto load_keys = [&](const Wave &w, int stage) {
         if (rank < w.n_tiles) {
             const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
             copy_tile(a, w, rank, k_column, k_base + stage * kTileBytes);
             copy_tile(a, w, rank, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
-            copy_tile(a, w, rank, (int64_t)w.head * heads * 64, q_base + q_stage * kTileBytes);
         }
         copy_commit();
     };
-    int stage = 0, q_stage = 0, gate_stage = 0, wave_stage = 0, parity = 0;
+    auto load_queries = [&](const Wave &w, int i) {
+        if (rank < w.n_tiles)
+            copy_tile(a, w, rank, ((int64_t)w.head * heads + i) * 64, q);
+        copy_commit();
+    };
+    auto begin_wave = [&](const Wave &w, const Gates &gates, int stage) {
+        if (rank < w.n_tiles)
+            send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes, rank);
+        else if (w.n_tiles > 0)
+            send_slices(shared, worker, stage, rank, false);
+    };
+    int stage = 0, wave = 0, parity = 0, gates_parity = 0;
     wait_phase(gates_full, 0);
-    load_tile(shared.wave[0], 0, 0);
-    for (;; stage ^= 1) {
-        const Wave &w = shared.wave[wave_stage];
+    load_keys(shared.wave[0], 0);
+    load_queries(shared.wave[0], 0);
+    load_keys(shared.wave[1], 1);
+    copy_wait<2>();
+    worker_sync(worker);
+    begin_wave(shared.wave[0], shared.gates[worker][0], 0);
+    for (;; stage ^= 1, wave++) {
+        const Wave &w = shared.wave[wave % kWaveStages];
         if (w.n_tiles == 0)
             break;
-        wave_stage = (wave_stage + 1) % kWaveStages;
-        const Wave &next = shared.wave[wave_stage];
-        if (rank >= w.n_tiles) { // only keeps step
-            load_tile(next, stage ^ 1, q_stage ^ 1);
-            if (threadIdx.x % 128 < kClusterBlocks) {
-                const int thread = threadIdx.x % 128;
-                if (thread == 0)
-                    expect_bytes(state_full, 64 * 4);
-                send_bulk(in_block(shared_address(&shared.inbox_slices[rank]), thread), shared_address(&shared.outbox[worker][thread]),
-                          sizeof(TileSlice), in_block(shared_address(&shared.inbox_full), thread));
-            }
-            __syncwarp();
-            wait_phase(state_full, stage);
-            worker_sync(worker);
-            q_stage ^= 1;
-        }
-        const Gates &gates = shared.gates[worker][gate_stage];
-        gate_stage = (gate_stage + 1) % kGateStages;
-        for (int i = 0; rank < w.n_tiles && i < heads; i++, q_stage ^= 1) {
-            const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, q = q_base + q_stage * kTileBytes;
-            const int64_t q_column = ((int64_t)w.head * heads + i) * 64;
-            if (i + 1 < heads) {
-                copy_tile(a, w, rank, q_column + 64, q_base + (q_stage ^ 1) * kTileBytes);
-                copy_commit();
-            } else {
-                load_tile(next, stage ^ 1, q_stage ^ 1);
-            }
-            copy_wait<1>();
-            worker_sync(worker);
-            if (i == 0)
-                map_tile_keys(gates, k);
-            uint32_t fq[4][4], fw[4][4];
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-                load_matrices(fq[t], panel_unit(q, 16 * warp + (lane & 15), 2 * t + (lane >> 4)));
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    fq[t][e] = feature_map(fq[t][e]);
-            if (i == 0) {
-                publish_to_wgmma();
+        const bool is_active = rank < w.n_tiles;
+        const Gates &gates = shared.gates[worker][wave % kGateStages];
+        const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, state = state_base + stage * kTileBytes;
+        gates_parity ^= stage; // of the next wave's
+        const int n0 = 16 * warp + lane / 4;
+        float c0 = 0.0f, c1 = 0.0f;
+        if (is_active)
+            c0 = gates.log_decay[n0], c1 = gates.log_decay[n0 + 8];
+        for (int i = 0; i < heads; i++) {
+            const bool is_last = i + 1 == heads;
+            uint32_t fq[4][4];
+            Accumulator y;
+            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (is_active) {
+                if (i == 0)
+                    copy_wait<1>();
+                else
+                    copy_wait<0>();
                 worker_sync(worker);
-            }
-            Accumulator weights, y;
-            if (i == 0) {
-                uint32_t fk[4][4];
-                float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                load_tile_keys(fk, gates, k);
-                group_begin();
+                uint32_t fw[4][4];
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<1>(y, fk[t], panel_descriptor(v + t * 2048), t > 0);
-                group_commit();
+                    load_matrices(fq[t], panel_unit(q, 16 * warp + (lane & 15), 2 * t + (lane >> 4)));
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
-                group_commit();
 #pragma unroll
-                for (int t = 0; t < 4; t++)
-                    mma(z, fk[t], kOnes, kOnes);
-                group_wait<1>();
-                group_hold(y);
-                send_tile_state(shared, worker, gates.log_decay[63], y, z, rank);
-            } else {
+                    for (int e = 0; e < 4; e++)
+                        fq[t][e] = feature_map(fq[t][e]);
+                Accumulator weights;
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
                     group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
                 group_commit();
-            }
-            const int n0 = 16 * warp + lane / 4;
-            const float *log_decay = gates.log_decay;
-            const float c0 = log_decay[n0], c1 = log_decay[n0 + 8];
-            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f}, carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            group_wait<0>();
-            group_hold(weights);
+                group_wait<0>();
+                group_hold(weights);
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
+                for (int t = 0; t < 4; t++) {
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int m = 16 * t + 8 * h + 2 * (lane % 4);
-                    float *x = weights[2 * t + h];
-                    if (t <= warp) {
-                        const float2 c = *reinterpret_cast<const float2 *>(&log_decay[m]);
-                        x[0] *= exp2_fast(c0 - c.x);
-                        x[1] *= exp2_fast(c0 - c.y);
-                        x[2] *= exp2_fast(c1 - c.x);
-                        x[3] *= exp2_fast(c1 - c.y);
-                        if (t == warp) {
-                            x[0] = m <= n0 ? x[0] : 0.0f;
-                            x[1] = m + 1 <= n0 ? x[1] : 0.0f;
-                            x[2] = m <= n0 + 8 ? x[2] : 0.0f;
-                            x[3] = m + 1 <= n0 + 8 ? x[3] : 0.0f;
+                    for (int h = 0; h < 2; h++) {
+                        const int m = 16 * t + 8 * h + 2 * (lane % 4);
+                        float *x = weights[2 * t + h];
+                        if (t <= warp) {
+                            const float2 c = *reinterpret_cast<const float2 *>(&gates.log_decay[m]);
+                            x[0] *= exp2_fast(c0 - c.x);
+                            x[1] *= exp2_fast(c0 - c.y);
+                            x[2] *= exp2_fast(c1 - c.x);
+                            x[3] *= exp2_fast(c1 - c.y);
+                            if (t == warp) {
+                                x[0] = m <= n0 ? x[0] : 0.0f;
+                                x[1] = m + 1 <= n0 ? x[1] : 0.0f;
+                                x[2] = m <= n0 + 8 ? x[2] : 0.0f;
+                                x[3] = m + 1 <= n0 + 8 ? x[3] : 0.0f;
+                            }
+                            fw[t][2 * h] = pack_bf16(x[0], x[1]);
+                            fw[t][2 * h + 1] = pack_bf16(x[2], x[3]);
+                        } else {
+                            fw[t][2 * h] = fw[t][2 * h + 1] = 0;
                         }
-                        fw[t][2 * h] = pack_bf16(x[0], x[1]);
-                        fw[t][2 * h + 1] = pack_bf16(x[2], x[3]);
-                    } else {
-                        fw[t][2 * h] = fw[t][2 * h + 1] = 0;
                     }
                 }
+                group_begin();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<1>(y, fw[t], panel_descriptor(v + t * 2048), t > 0);
+                group_commit();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    mma(mass, fw[t], kOnes, kOnes);
+                group_wait<0>();
+                group_hold(y);
             }
-            group_begin();
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-                group_product<1>(y, fw[t], panel_descriptor(v + t * 2048), t > 0);
-            group_commit();
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-                mma(mass, fw[t], kOnes, kOnes);
+            if (is_last) {
+                worker_sync(worker); // k, v and q of this wave have been read
+                wait_phase(gates_full + 8 * (stage ^ 1), gates_parity);
+                const Wave &next = shared.wave[(wave + 1) % kWaveStages];
+                load_queries(next, 0);
+                load_keys(shared.wave[(wave + 2) % kWaveStages], stage);
+                copy_wait<2>();
+                worker_sync(worker);
+                begin_wave(next, shared.gates[worker][(wave + 1) % kGateStages], stage ^ 1);
+            }
             if (i == 0) {
-                wait_phase(state_full, stage);
+                wait_phase(state_full + 8 * stage, parity);
                 publish_to_wgmma();
             }
-            group_begin();
+            if (is_active) {
+                Accumulator old;
+                float carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                group_begin();
 #pragma unroll
-            for (int t = 0; t < 4; t++)
-                group_product<1>(weights, fq[t], panel_descriptor(state + t * 2048), t > 0);
-            group_commit();
+                for (int t = 0; t < 4; t++)
+                    group_product<1>(old, fq[t], panel_descriptor(state + t * 2048), t > 0);
+                group_commit();
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const float2 *z = reinterpret_cast<const float2 *>(shared.mass[worker]) + 8 * t + lane % 4;
-                mma(carried, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
+                for (int t = 0; t < 4; t++) {
+                    const float2 *z = reinterpret_cast<const float2 *>(shared.mass[worker][stage]) + 8 * t + lane % 4;
+                    mma(carried, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
+                }
+                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
+                const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
+                            scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
+                group_wait<0>();
+                group_hold(old);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    y[j][0] += from0 * old[j][0];
+                    y[j][1] += from0 * old[j][1];
+                    y[j][2] += from1 * old[j][2];
+                    y[j][3] += from1 * old[j][3];
+                }
+                // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the state's after
+                // the last head, q's before it.
+                const uint32_t panel = is_last ? state : q;
+                worker_sync(worker);
+                store_accumulator(panel, 16 * warp, y, scale0, scale1);
+                __syncwarp();
+                const int first_row = 16 * warp + lane / 8, n = rank * 64 + first_row;
+                __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + ((int64_t)w.head * heads + i) * 64 + lane % 8 * 8;
+                uint4 x[4];
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    x[t] = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    if (n + 4 * t >= w.begin && n + 4 * t < w.end)
+                        __stcs(reinterpret_cast<uint4 *>(to), x[t]);
+                    to += 4 * a.y_stride;
+                }
+                if (!is_last) {
+                    worker_sync(worker);
+                    load_queries(w, i + 1);
+                }
             }
-            const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
-            const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
-                        scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
-            group_wait<0>();
-            group_hold(y);
-            group_hold(weights);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                y[j][0] += from0 * weights[j][0];
-                y[j][1] += from0 * weights[j][1];
-                y[j][2] += from1 * weights[j][2];
-                y[j][3] += from1 * weights[j][3];
-            }
-            // Through the warp's own rows of q, so that a row of y is written in units of 16 bytes.
-            store_accumulator(q, 16 * warp, y, scale0, scale1);
-            __syncwarp();
-            const int first_row = 16 * warp + lane / 8, n = rank * 64 + first_row;
-            __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + q_column + lane % 8 * 8;
-            uint4 x[4];
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-                x[t] = load_shared16(panel_unit(q, first_row + 4 * t, lane % 8));
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                if (n + 4 * t >= w.begin && n + 4 * t < w.end)
-                    __stcs(reinterpret_cast<uint4 *>(to), x[t]);
-                to += 4 * a.y_stride;
-            }
-            worker_sync(worker);
         }
         parity ^= stage;
-        wait_phase(gates_full + 8 * (stage ^ 1), parity);
     }
 }
 
 // Rows 8 block ... of the running state; a thread has 4 columns of one row.
 __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
     const int thread = threadIdx.x % 128, local = thread / 16, row = 8 * block + local, column = thread % 16 * 4;
-    const uint32_t inbox_full = shared_address(&shared.inbox_full);
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
     const uint32_t unit_offset = (((column / 8) ^ local) << 4) + column % 8 * 2;
     const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
-    // Waves are told to the workers two ahead, and the gates of their tiles one ahead: warp i of this group does worker i's.
+    // Waves are told to the workers three ahead, and the gates of their tiles two ahead: warp i of this group does worker i's.
     const int warp = thread / 32;
     ClusterWork ahead = next_work(a, cluster, n_clusters);
     int ahead_tile = ahead.first_tile, ahead_stage = 0, gate_stage = 0, gate_wave = 0, gate_parity = 0;
@@ -499,7 +524,9 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     tell_wave();
     tell_wave();
     tell_gates();
-    int phase = 0;
+    tell_wave();
+    tell_gates();
+    int stage = 0, parity = 0;
     for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0; w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
         float *state = a.state + (at * 64 + row) * 64 + column;
@@ -545,46 +572,47 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             if (block == 0 && thread == 0)
                 a.decay_end[at] += log_sum * 0.6931471805599453;
         };
-        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, phase ^= 1) {
+        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
-            tell_wave();
-            tell_gates();
             if (thread == 0)
-                expect_bytes(inbox_full, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
-            wait_phase(inbox_full, phase);
+                expect_bytes(inbox_full + 8 * stage, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
+            wait_phase(inbox_full + 8 * stage, parity);
             constexpr int batch = 6;
 #pragma unroll 1
             for (int t0 = 0; t0 < kWaveTiles; t0 += batch) {
                 uint2 own[batch];
-                float own_z[batch], decay[batch];
+                float own_z[batch], decay[batch], log_decay[batch];
 #pragma unroll
                 for (int u = 0; u < batch; u++) {
-                    own[u] = *reinterpret_cast<const uint2 *>(shared.inbox[t0 + u] + local * kPanelRowBytes + unit_offset);
-                    own_z[u] = shared.inbox_slices[t0 + u].z[local];
-                    decay[u] = shared.inbox_slices[t0 + u].log_decay;
+                    own[u] = *reinterpret_cast<const uint2 *>(shared.inbox[stage][t0 + u] + local * kPanelRowBytes + unit_offset);
+                    own_z[u] = shared.inbox_slices[stage][t0 + u].z[local];
+                    decay[u] = shared.inbox_slices[stage][t0 + u].decay;
+                    log_decay[u] = shared.inbox_slices[stage][t0 + u].log_decay;
                 }
 #pragma unroll
                 for (int u = 0; u < batch; u++) {
                     const int t = t0 + u, to_block = t / kWorkers, to_worker = t % kWorkers;
-                    const uint32_t barrier = in_block(shared_address(&shared.state_full[to_worker]), to_block);
+                    const uint32_t barrier = in_block(shared_address(&shared.state_full[to_worker][stage]), to_block);
                     if (column == 0)
-                        send(in_block(shared_address(&shared.mass[to_worker][row]), to_block), __float_as_uint(z), barrier);
+                        send(in_block(shared_address(&shared.mass[to_worker][stage][row]), to_block), __float_as_uint(z), barrier);
                     if (t < n) {
-                        send(in_block(shared_address(shared.worker[to_worker].state) + out_offset, to_block), pack_bf16(s.x, s.y),
+                        send(in_block(shared_address(shared.worker[to_worker].state[stage]) + out_offset, to_block), pack_bf16(s.x, s.y),
                              pack_bf16(s.z, s.w), barrier);
                         if (wave + t == open_tile && open_tile > 0)
                             close();
-                        const float by = exp2_fast(decay[u]);
+                        const float by = decay[u];
                         s.x = by * s.x + low_of(own[u].x);
                         s.y = by * s.y + high_of(own[u].x);
                         s.z = by * s.z + low_of(own[u].y);
                         s.w = by * s.w + high_of(own[u].y);
                         z = by * z + own_z[u];
                         if (block == 0 && thread < 32)
-                            log_sum += decay[u];
+                            log_sum += log_decay[u];
                     }
                 }
             }
+            tell_wave();
+            tell_gates(); // the workers have taken those before them: they have sent this wave's slices
         }
         if (w.end_tile * (int64_t)64 >= w.end) {
             if (open_tile == w.end_tile)
@@ -614,9 +642,11 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
         auto begin = [](const uint64_t &barrier) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
         };
-        begin(shared.inbox_full);
+        begin(shared.inbox_full[0]);
+        begin(shared.inbox_full[1]);
         for (int i = 0; i < kWorkers; i++) {
-            begin(shared.state_full[i]);
+            begin(shared.state_full[i][0]);
+            begin(shared.state_full[i][1]);
             begin(shared.gates_full[i][0]);
             begin(shared.gates_full[i][1]);
         }
