@@ -5,7 +5,7 @@
 // the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles, one tile per worker warpgroup. Per wave a worker
 //     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block c;
 //     2. forms what the tile's tokens give each other, eq. (9), while
-//     3. the fourth warpgroup of block c runs the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends each
+//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends each
 //        tile the state that it begins with, in bf16;
 //     4. adds the state's part and writes y.
 // Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker, with a tile
@@ -102,9 +102,9 @@ __device__ __forceinline__ void send_bulk(uint32_t to, uint32_t from, uint32_t n
                  : "memory");
 }
 
-__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(x), "r"(y),
-                 "r"(barrier)
+__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(x),
+                 "r"(y), "r"(z), "r"(w), "r"(barrier)
                  : "memory");
 }
 
@@ -176,21 +176,35 @@ __device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int
     }
 }
 
-// Eqs. (2), (3), (5) for tile `rank` of the wave, by one warp.
-__device__ __forceinline__ void store_gates(const DenseArgs &a, const Wave &w, int rank, Gates &gates) {
+// Gate logits of a lane's two tokens of tile `rank` of the wave: key, decay, key, decay; key gate and decay 0 outside the span.
+struct GateLogits {
+    __nv_bfloat16 key[2], decay[2];
+    bool valid[2];
+};
+
+__device__ __forceinline__ GateLogits load_logits(const DenseArgs &a, const Wave &w, int rank) {
     const int lane = threadIdx.x & 31;
-    const __nv_bfloat16 *from =
-        a.qkvg + (w.row + rank * 64 + 2 * lane) * a.stride + (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
-    float gate[2], decay[2];
+    const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
+    GateLogits g;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int n = rank * 64 + 2 * lane + i;
-        gate[i] = decay[i] = 0.0f;
-        if (n >= w.begin && n < w.end) {
-            const __nv_bfloat16 key = from[i * a.stride], past = from[i * a.stride + a.n_kv_heads];
-            gate[i] = __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(key)));
-            decay[i] = log_sigmoid(__bfloat162float(past)) * a.decay_scale;
-        }
+        g.valid[i] = n >= w.begin && n < w.end;
+        const __nv_bfloat16 *from = g.valid[i] ? a.qkvg + (w.row + n) * a.stride + column : a.qkvg;
+        g.key[i] = from[0];
+        g.decay[i] = from[g.valid[i] ? a.n_kv_heads : 0];
+    }
+    return g;
+}
+
+// Eqs. (2), (3), (5) for a tile, by one warp.
+__device__ __forceinline__ void store_gates(const DenseArgs &a, const GateLogits &g, Gates &gates) {
+    const int lane = threadIdx.x & 31;
+    float gate[2], decay[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(g.key[i]))) : 0.0f;
+        decay[i] = g.valid[i] ? log_sigmoid(__bfloat162float(g.decay[i])) * a.decay_scale : 0.0f;
     }
     float sum = decay[0] + decay[1];
 #pragma unroll
@@ -477,55 +491,70 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     }
 }
 
-// Rows 8 block ... of the running state; a thread has 4 columns of one row.
-__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
-    const int thread = threadIdx.x % 128, local = thread / 16, row = 8 * block + local, column = thread % 16 * 4;
+// One warp tells the block's workers what comes: waves three ahead, for the loads, and the gates of their tiles two ahead.
+__device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
+    const int lane = threadIdx.x & 31;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
-    const uint32_t unit_offset = (((column / 8) ^ local) << 4) + column % 8 * 2;
-    const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
-    // Waves are told to the workers three ahead, and the gates of their tiles two ahead: warp i of this group does worker i's.
-    const int warp = thread / 32;
-    ClusterWork ahead = next_work(a, cluster, n_clusters);
-    int ahead_tile = ahead.first_tile, ahead_stage = 0, gate_stage = 0, gate_wave = 0, gate_parity = 0;
+    ClusterWork work = next_work(a, cluster, n_clusters);
+    int tile = work.first_tile, n_told = 0, n_gated = 0;
     auto tell_wave = [&] {
         Wave wave = {0, 0, 0, 0, 0};
-        if (ahead.item >= 0) {
-            wave.row = ahead.row + (int64_t)ahead_tile * 64;
-            wave.head = ahead.head;
-            wave.n_tiles = min(kWaveTiles, ahead.end_tile - ahead_tile);
-            wave.begin = ahead_tile == 0 ? ahead.begin : 0;
-            wave.end = (int)min(ahead.end - (int64_t)ahead_tile * 64, (int64_t)kWaveTiles * 64);
-            ahead_tile += kWaveTiles;
-            if (ahead_tile >= ahead.end_tile) {
-                ahead = next_work(a, ahead.item + n_clusters, n_clusters);
-                ahead_tile = ahead.first_tile;
+        if (work.item >= 0) {
+            wave.row = work.row + (int64_t)tile * 64;
+            wave.head = work.head;
+            wave.n_tiles = min(kWaveTiles, work.end_tile - tile);
+            wave.begin = tile == 0 ? work.begin : 0;
+            wave.end = (int)min(work.end - (int64_t)tile * 64, (int64_t)kWaveTiles * 64);
+            tile += kWaveTiles;
+            if (tile >= work.end_tile) {
+                work = next_work(a, work.item + n_clusters, n_clusters);
+                tile = work.first_tile;
             }
         }
-        if (thread == 0)
-            shared.wave[ahead_stage] = wave;
-        ahead_stage = (ahead_stage + 1) % kWaveStages;
-        worker_sync(kWorkers);
+        if (lane == 0)
+            shared.wave[n_told % kWaveStages] = wave;
+        n_told++;
+        __syncwarp();
+    };
+    GateLogits logits[kWorkers];
+    auto take_logits = [&] {
+#pragma unroll
+        for (int i = 0; i < kWorkers; i++)
+            logits[i] = load_logits(a, shared.wave[n_gated % kWaveStages], block * kWorkers + i);
     };
     auto tell_gates = [&] {
-        if (warp < kWorkers) {
-            const Wave &wave = shared.wave[gate_wave];
-            const int rank = block * kWorkers + warp;
-            if (rank < wave.n_tiles)
-                store_gates(a, wave, rank, shared.gates[warp][gate_stage]);
-            __syncwarp();
-            if (thread % 32 == 0)
-                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[warp][gate_parity]))
-                             : "memory");
-        }
-        gate_parity ^= 1;
-        gate_stage = (gate_stage + 1) % kGateStages;
-        gate_wave = (gate_wave + 1) % kWaveStages;
+#pragma unroll
+        for (int i = 0; i < kWorkers; i++)
+            store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
+        __syncwarp();
+        if (lane < kWorkers)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2])) : "memory");
+        __syncwarp();
+        n_gated++;
     };
     tell_wave();
     tell_wave();
+    take_logits();
     tell_gates();
     tell_wave();
+    take_logits();
     tell_gates();
+    for (int wave = 0; shared.wave[wave % kWaveStages].n_tiles > 0; wave++) {
+        tell_wave();
+        take_logits();
+        wait_phase(inbox_full + 8 * (wave & 1), wave >> 1 & 1); // the workers have taken the gates whose place these take
+        tell_gates();
+    }
+}
+
+// Two warps: rows 8 block ... of the running state; a thread has 8 columns of one row.
+__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
+    const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    const uint32_t unit_offset = ((column / 8) ^ local) << 4;
+    const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
+    const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
+    auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
     int stage = 0, parity = 0;
     for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0; w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
@@ -533,22 +562,30 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         float *carry = a.ring + (int64_t)w.pair * kCarryFloats;
         double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
         int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
-        float4 s;
-        float z;
+        float s[8], z;
         double log_sum = 0.0;
+        auto take = [&](const float4 &x, const float4 &y) {
+            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
+            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
+        };
         if (w.piece == 0) {
-            s = *reinterpret_cast<const float4 *>(state);
+            take(reinterpret_cast<const float4 *>(state)[0], reinterpret_cast<const float4 *>(state)[1]);
             z = a.mass[at * 64 + row];
             if (w.begin > 0) { // the tokens of the open tile before the span
                 const float *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
                 const double *open_c = a.open_c + at * 64;
                 log_sum = open_c[w.begin - 1];
                 const float carried = (float)exp(log_sum);
-                s.x *= carried, s.y *= carried, s.z *= carried, s.w *= carried, z *= carried;
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    s[e] *= carried;
+                z *= carried;
                 for (int m = 0; m < w.begin; m++) {
                     const float k = (float)exp(log_sum - open_c[m]) * open_k[m * 64];
-                    const float4 v = *reinterpret_cast<const float4 *>(open_v + m * 64);
-                    s.x += k * v.x, s.y += k * v.y, s.z += k * v.z, s.w += k * v.w, z += k;
+#pragma unroll
+                    for (int e = 0; e < 8; e++)
+                        s[e] += k * open_v[m * 64 + e];
+                    z += k;
                 }
                 log_sum *= 1.4426950408889634;
             }
@@ -558,18 +595,21 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                     __nanosleep(20);
                 __threadfence();
             }
-            worker_sync(kWorkers);
-            s = __ldcg(reinterpret_cast<const float4 *>(carry + row * 64 + column));
+            sync();
+            const float4 *from = reinterpret_cast<const float4 *>(carry + row * 64 + column);
+            take(__ldcg(from), __ldcg(from + 1));
             z = __ldcg(carry + 64 * 64 + row);
-            if (block == 0)
+            if (is_clerk)
                 log_sum = __ldcg(carry_log);
         }
         const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
+        const int closing = open_tile > 0 ? open_tile : -1;
         auto close = [&] {
-            *reinterpret_cast<float4 *>(state) = s;
+            reinterpret_cast<float4 *>(state)[0] = make_float4(s[0], s[1], s[2], s[3]);
+            reinterpret_cast<float4 *>(state)[1] = make_float4(s[4], s[5], s[6], s[7]);
             if (column == 0)
                 a.mass[at * 64 + row] = z;
-            if (block == 0 && thread == 0)
+            if (is_clerk && thread == 0)
                 a.decay_end[at] += log_sum * 0.6931471805599453;
         };
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
@@ -577,54 +617,63 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             if (thread == 0)
                 expect_bytes(inbox_full + 8 * stage, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
             wait_phase(inbox_full + 8 * stage, parity);
-            constexpr int batch = 6;
+            const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
+            const TileSlice *slices = shared.inbox_slices[stage];
+            const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
+                           out_mass = shared_address(&shared.mass[0][stage][row]), full = shared_address(&shared.state_full[0][stage]);
 #pragma unroll 1
-            for (int t0 = 0; t0 < kWaveTiles; t0 += batch) {
-                uint2 own[batch];
-                float own_z[batch], decay[batch], log_decay[batch];
+            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                const uint32_t to_state = in_block(out_state, to_block), to_mass = in_block(out_mass, to_block),
+                               to_full = in_block(full, to_block);
+                uint4 own[kWorkers];
+                float own_z[kWorkers], decay[kWorkers], log_decay[kWorkers];
 #pragma unroll
-                for (int u = 0; u < batch; u++) {
-                    own[u] = *reinterpret_cast<const uint2 *>(shared.inbox[stage][t0 + u] + local * kPanelRowBytes + unit_offset);
-                    own_z[u] = shared.inbox_slices[stage][t0 + u].z[local];
-                    decay[u] = shared.inbox_slices[stage][t0 + u].decay;
-                    log_decay[u] = shared.inbox_slices[stage][t0 + u].log_decay;
+                for (int u = 0; u < kWorkers; u++) {
+                    const int t = to_block * kWorkers + u;
+                    own[u] = load_shared16(inbox + t * 8 * kPanelRowBytes);
+                    own_z[u] = slices[t].z[local];
+                    decay[u] = slices[t].decay;
+                    log_decay[u] = slices[t].log_decay;
                 }
 #pragma unroll
-                for (int u = 0; u < batch; u++) {
-                    const int t = t0 + u, to_block = t / kWorkers, to_worker = t % kWorkers;
-                    const uint32_t barrier = in_block(shared_address(&shared.state_full[to_worker][stage]), to_block);
+                for (int u = 0; u < kWorkers; u++) {
+                    const int t = to_block * kWorkers + u;
+                    const uint32_t barrier = to_full + u * (uint32_t)sizeof(shared.state_full[0]);
                     if (column == 0)
-                        send(in_block(shared_address(&shared.mass[to_worker][stage][row]), to_block), __float_as_uint(z), barrier);
+                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), __float_as_uint(z), barrier);
                     if (t < n) {
-                        send(in_block(shared_address(shared.worker[to_worker].state[stage]) + out_offset, to_block), pack_bf16(s.x, s.y),
-                             pack_bf16(s.z, s.w), barrier);
-                        if (wave + t == open_tile && open_tile > 0)
+                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]), pack_bf16(s[2], s[3]),
+                             pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
+                        if (wave + t == closing)
                             close();
-                        const float by = decay[u];
-                        s.x = by * s.x + low_of(own[u].x);
-                        s.y = by * s.y + high_of(own[u].x);
-                        s.z = by * s.z + low_of(own[u].y);
-                        s.w = by * s.w + high_of(own[u].y);
-                        z = by * z + own_z[u];
-                        if (block == 0 && thread < 32)
+                        s[0] = decay[u] * s[0] + low_of(own[u].x);
+                        s[1] = decay[u] * s[1] + high_of(own[u].x);
+                        s[2] = decay[u] * s[2] + low_of(own[u].y);
+                        s[3] = decay[u] * s[3] + high_of(own[u].y);
+                        s[4] = decay[u] * s[4] + low_of(own[u].z);
+                        s[5] = decay[u] * s[5] + high_of(own[u].z);
+                        s[6] = decay[u] * s[6] + low_of(own[u].w);
+                        s[7] = decay[u] * s[7] + high_of(own[u].w);
+                        z = decay[u] * z + own_z[u];
+                        if (is_clerk)
                             log_sum += log_decay[u];
                     }
                 }
             }
-            tell_wave();
-            tell_gates(); // the workers have taken those before them: they have sent this wave's slices
         }
         if (w.end_tile * (int64_t)64 >= w.end) {
             if (open_tile == w.end_tile)
                 close();
         } else {
-            __stcg(reinterpret_cast<float4 *>(carry + row * 64 + column), s);
+            float4 *to = reinterpret_cast<float4 *>(carry + row * 64 + column);
+            __stcg(to, make_float4(s[0], s[1], s[2], s[3]));
+            __stcg(to + 1, make_float4(s[4], s[5], s[6], s[7]));
             if (column == 0)
                 __stcg(carry + 64 * 64 + row, z);
-            if (block == 0 && thread == 0)
+            if (is_clerk && thread == 0)
                 __stcg(carry_log, log_sum);
             __threadfence();
-            worker_sync(kWorkers);
+            sync();
             if (thread == 0)
                 *reinterpret_cast<volatile int *>(pieces_done) = w.piece + 1;
         }
@@ -658,7 +707,11 @@ __global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kCluste
         run_worker(a, shared, group, block);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
-        run_recurrence(a, shared, block, cluster, n_clusters);
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+        if (warp < 2)
+            run_recurrence(a, shared, block, cluster, n_clusters);
+        else if (warp == 2)
+            run_planner(a, shared, block, cluster, n_clusters);
     }
     cluster_sync();
 #endif
