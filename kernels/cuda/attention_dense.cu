@@ -11,9 +11,6 @@
 
 namespace ts {
 
-#ifndef TS_CLUSTER_HEADS
-#define TS_CLUSTER_HEADS 1
-#endif
 constexpr int kPlanThreads = 256;
 
 // --- the plan ---
@@ -286,6 +283,24 @@ done:
     return status;
 }
 
+struct ClusterLaunch {
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config;
+};
+
+static void set_cluster_launch(ClusterLaunch *launch, int n_clusters, cudaStream_t stream) {
+    *launch = {};
+    launch->attribute.id = cudaLaunchAttributeClusterDimension;
+    launch->attribute.val.clusterDim.x = kClusterBlocks;
+    launch->attribute.val.clusterDim.y = launch->attribute.val.clusterDim.z = 1;
+    launch->config.gridDim = dim3(n_clusters * kClusterBlocks);
+    launch->config.blockDim = dim3(kClusterThreads);
+    launch->config.dynamicSmemBytes = sizeof(ClusterShared);
+    launch->config.stream = stream;
+    launch->config.attrs = &launch->attribute;
+    launch->config.numAttrs = 1;
+}
+
 struct ClusterLayout {
     int n_items;
     size_t counters_bytes, carry, n_bytes;
@@ -310,6 +325,7 @@ static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
 static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clusters, char *workspace, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(ClusterShared);
+    ClusterLaunch launch;
     a.n_items = l.n_items;
     a.counters = (int *)workspace;
     a.ring = (float *)(workspace + l.carry);
@@ -317,16 +333,16 @@ static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clust
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared, cudaGetErrorString(error));
     error = cudaMemsetAsync(workspace, 0, l.counters_bytes, stream);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s", cudaGetErrorString(error));
-    dense_attention_cluster<<<min(n_clusters, a.n_items) * kClusterBlocks, kClusterThreads, shared, stream>>>(a);
-    TS_TRY(launch_status("the dense kernel"));
+    set_cluster_launch(&launch, min(n_clusters, a.n_items), stream);
+    error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s", cudaGetErrorString(error));
 done:
     return status;
 }
 
-// Clusters need enough KV heads on this rank to fill the device with one span; not a property of the batch, so that a row's value
-// is not one either.
+// Not a property of the batch, so that a row's value is not one either.
 static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
-    return plan->capability == 90 && args->cache->head_dim == 64 && args->cache->n_kv_heads >= TS_CLUSTER_HEADS;
+    return plan->capability == 90 && args->cache->head_dim == 64;
 }
 
 } // namespace ts
@@ -341,7 +357,7 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
     using namespace ts;
     ts_status status = TS_OK;
     int device = 0, major = 0, minor = 0, n_multiprocessors = 0, n_clusters = 0;
-    cudaLaunchConfig_t config = {};
+    ClusterLaunch launch;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -350,12 +366,10 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess && major == 9) {
-        config.gridDim = dim3(kClusterBlocks);
-        config.blockDim = dim3(kClusterThreads);
-        config.dynamicSmemBytes = sizeof(ClusterShared);
+        set_cluster_launch(&launch, 1, nullptr);
         error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(ClusterShared));
         if (error == cudaSuccess)
-            error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &config);
+            error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &launch.config);
     }
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s", cudaGetErrorString(error));
     plan->n_multiprocessors = n_multiprocessors;
@@ -433,9 +447,9 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         if (in_clusters) {
             TS_TRY(launch_cluster(a, in, plan->n_clusters, base, on));
         } else {
-        auto *launch = d == 64 ? (hopper ? launch_bf16<64, true> : launch_bf16<64, false>)
-                               : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);
-        TS_TRY(launch(a, l.lag, plan->n_multiprocessors, on));
+            auto *launch = d == 64 ? (hopper ? launch_bf16<64, true> : launch_bf16<64, false>)
+                                   : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);
+            TS_TRY(launch(a, l.lag, plan->n_multiprocessors, on));
         }
         store_open_tile<<<heads, 128, 0, on>>>(a.qkvg, a.stride, a, d, args->decay_temperature);
     }

@@ -288,9 +288,10 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worke
     Accumulator s;
     load_tile_keys(fk, gates, k);
     group_begin();
+    const uint64_t values = panel_descriptor(v);
 #pragma unroll
     for (int t = 0; t < 4; t++)
-        group_product<1>(s, fk[t], panel_descriptor(v + t * 2048), t > 0);
+        group_product<1>(s, fk[t], panel_further(values, t * 2048), t > 0);
     group_commit();
 #pragma unroll
     for (int t = 0; t < 4; t++)
@@ -381,10 +382,11 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                     for (int e = 0; e < 4; e++)
                         fq[t][e] = feature_map(fq[t][e]);
                 Accumulator weights;
+                const uint64_t keys = panel_descriptor(k), values = panel_descriptor(v);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<0>(weights, fq[t], panel_descriptor(k + t * 32), t > 0);
+                    group_product<0>(weights, fq[t], panel_further(keys, t * 32), t > 0);
                 group_commit();
                 group_wait<0>();
                 group_hold(weights);
@@ -416,7 +418,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<1>(y, fw[t], panel_descriptor(v + t * 2048), t > 0);
+                    group_product<1>(y, fw[t], panel_further(values, t * 2048), t > 0);
                 group_commit();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
@@ -441,10 +443,11 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             if (is_active) {
                 Accumulator old;
                 float carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                const uint64_t states = panel_descriptor(state);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<1>(old, fq[t], panel_descriptor(state + t * 2048), t > 0);
+                    group_product<1>(old, fq[t], panel_further(states, t * 2048), t > 0);
                 group_commit();
 #pragma unroll
                 for (int t = 0; t < 4; t++) {
@@ -680,8 +683,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     }
 }
 
-__global__ void __cluster_dims__(kClusterBlocks, 1, 1) __launch_bounds__(kClusterThreads, 1)
-    dense_attention_cluster(const __grid_constant__ DenseArgs a) {
+// Launched in clusters of kClusterBlocks blocks.
+__global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(const __grid_constant__ DenseArgs a) {
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) unsigned char bytes[];
     ClusterShared &shared = *reinterpret_cast<ClusterShared *>(bytes);

@@ -15,15 +15,9 @@
 namespace ts {
 
 constexpr int kChunk = 64;         // tokens that a block takes at a time
-#ifndef TS_SEGMENT
-#define TS_SEGMENT 256
-#endif
-constexpr int kSegment = TS_SEGMENT;
-constexpr int kGroup = 2048 / kSegment;
-#ifndef TS_AHEAD
-#define TS_AHEAD 256
-#endif
-constexpr int kItemsAhead = TS_AHEAD; // output items between a state item and the output items of its row
+constexpr int kSegment = 1024;
+constexpr int kGroup = 4;
+constexpr int kItemsAhead = 160;    // output items between a state item and the output items of its row
 constexpr int kItemsInFlight = 400; // output items begun and not done, at most
 
 struct PlanRow {

@@ -212,6 +212,11 @@ __device__ __forceinline__ uint64_t panel_descriptor(uint32_t address) {
     return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
+// The descriptor of the panel `bytes` further.
+__device__ __forceinline__ uint64_t panel_further(uint64_t descriptor, uint32_t bytes) {
+    return descriptor + (bytes >> 4);
+}
+
 // The warpgroup's a [64, 16] from registers times a panel; columns = 1: b is [k16, n64] with k along rows, else b^T is [n64, k16].
 template <int columns>
 __device__ __forceinline__ void group_product(Accumulator &c, const uint32_t (&a)[4], uint64_t b, int accumulate) {
