@@ -1,10 +1,13 @@
-// Dense-form prefill attention: one pass over q, k, v for the outputs and one, ahead of it, over k and v for the states, while
-// they are in L2. See attention_dense_plan.cuh for the order of the work and docs/kernels.md for what it costs.
+// Dense-form prefill attention. Head size 64 on Hopper goes in clusters and reads k and v once
+// (attention_dense_cluster.cuh); everything else reads them twice, once for the states and once for the outputs
+// (attention_dense_plan.cuh). docs/kernels.md says what each costs and what bounds it.
 //
-// Tokens are taken in chunks of 64. With c counted from the chunk's start, S^ and z^ the state there, and n, m in the chunk,
+// Tokens are taken in chunks of 64. With c counted from the chunk's start, S^ and z^ the state there, and n, m in the
+// chunk,
 //     y_n = (e^{c_n} q^_n S^ + sum_{m <= n} e^{c_n - c_m} (q^_n . k^_m) v_m) / (the same with z^ and 1 + eps),
 //     S^' = e^{c_last} S^ + sum_m e^{c_last - c_m} k^_m v_m.
-// Every exponent is a difference that is <= 0, so nothing overflows, and what underflows is less than e^-87 of the mass.
+// Every exponent is a difference that is <= 0, so nothing overflows, and what underflows is less than e^-87 of the
+// mass.
 #include "kernels/cuda/attention_dense.h"
 #include "kernels/cuda/attention_dense_cluster.cuh"
 #include "kernels/cuda/attention_dense_kernel.cuh"
@@ -68,8 +71,7 @@ __device__ PlanSums plan_sums(const ts_span *spans, int n_spans, const int (&row
 // One block per row: writes the row, its items at their tickets, and clears its counters.
 __global__ void __launch_bounds__(kPlanThreads) plan_rows(const DenseArgs a, int lag) {
     const int row = blockIdx.x;
-    const PlanSums sums =
-        plan_sums(a.spans, a.n_spans, {row, max(row - lag, 0), min(row + lag + 1, a.n_rows), row});
+    const PlanSums sums = plan_sums(a.spans, a.n_spans, {row, max(row - lag, 0), min(row + lag + 1, a.n_rows), row});
     const ts_span span = a.spans[sums.span];
     const SpanShape shape = span_shape(span.position, span.n_tokens);
     const int in_span = row - sums.rows_before;
@@ -118,14 +120,16 @@ __device__ __forceinline__ double log_sigmoid_exact(float x) {
 
 // k^, v and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5). One block per (span, KV head).
 template <typename T>
-__global__ void store_open_tile(const T *qkvg, int64_t stride, const DenseArgs a, int head_dim, double decay_temperature) {
+__global__ void store_open_tile(const T *qkvg, int64_t stride, const DenseArgs a, int head_dim,
+                                double decay_temperature) {
     const ts_span span = a.spans[blockIdx.x];
     const int head = blockIdx.y, tile = a.tile_size;
     const int64_t at = (int64_t)span.sequence * a.n_kv_heads + head, end = span.position + span.n_tokens;
     const int64_t tile_start = end / tile * tile, begin = span.position > tile_start ? span.position : tile_start;
     const int n = (int)(end - begin), first = (int)(begin - tile_start);
     const T *from = qkvg + (span.row + begin - span.position) * stride;
-    const int64_t k_column = (int64_t)(a.n_heads + head) * head_dim, v_column = k_column + (int64_t)a.n_kv_heads * head_dim,
+    const int64_t k_column = (int64_t)(a.n_heads + head) * head_dim,
+                  v_column = k_column + (int64_t)a.n_kv_heads * head_dim,
                   gate_column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * head_dim + head;
     for (int i = threadIdx.x; i < n * head_dim; i += blockDim.x) {
         const T *row = from + i / head_dim * stride;
@@ -147,7 +151,8 @@ __global__ void store_open_tile(const T *qkvg, int64_t stride, const DenseArgs a
 
 // The recurrence token by token. One block per (span, KV head); thread (part, j) holds features of `part` of column j.
 template <int D>
-__global__ void __launch_bounds__(256) dense_recurrence(const float *qkvg, float *y, const DenseArgs a, double decay_temperature) {
+__global__ void __launch_bounds__(256)
+    dense_recurrence(const float *qkvg, float *y, const DenseArgs a, double decay_temperature) {
     constexpr int parts = 256 / D, own = D / parts;
     __shared__ float k[D], v[D], q[D], numerators[parts][D], denominators[parts];
     const ts_span span = a.spans[blockIdx.x];
@@ -258,26 +263,30 @@ static Layout layout_of(const ts_attention_args *args) {
     l.rows = l.counters + aligned((size_t)(3 * n_rows * heads) * sizeof(int));
     l.items = l.rows + aligned((size_t)n_rows * sizeof(PlanRow));
     l.ring = l.items + aligned((size_t)l.n_items * sizeof(PlanItem));
-    l.n_bytes = l.ring + (size_t)(l.ring_rows * heads * (kGroup + 1)) * slot_floats(args->cache->head_dim) * sizeof(float);
+    l.n_bytes =
+        l.ring + (size_t)(l.ring_rows * heads * (kGroup + 1)) * slot_floats(args->cache->head_dim) * sizeof(float);
     return l;
 }
 
 static ts_status launch_status(const char *what) {
     const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? TS_OK
-                                : TS_FAIL(TS_ERR_DEVICE, "attention: %s could not be started: %s", what, cudaGetErrorString(error));
+    return error == cudaSuccess
+               ? TS_OK
+               : TS_FAIL(TS_ERR_DEVICE, "attention: %s could not be started: %s", what, cudaGetErrorString(error));
 }
 
-template <int D, bool hopper> static ts_status launch_bf16(const DenseArgs &a, int lag, int n_multiprocessors, cudaStream_t stream) {
+template <int D, bool hopper>
+static ts_status launch_bf16(const DenseArgs &a, int lag, int n_multiprocessors, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(DenseShared<D>);
     cudaError_t error =
         cudaFuncSetAttribute(dense_attention<D, hopper>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared, cudaGetErrorString(error));
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
+             cudaGetErrorString(error));
     plan_rows<<<a.n_rows, kPlanThreads, 0, stream>>>(a, lag);
     TS_TRY(launch_status("its plan"));
-    dense_attention<D, hopper>
-        <<<min(a.n_items, n_multiprocessors * DenseShape<D>::blocks_per_multiprocessor), DenseShape<D>::threads, shared, stream>>>(a);
+    dense_attention<D, hopper><<<min(a.n_items, n_multiprocessors * DenseShape<D>::blocks_per_multiprocessor),
+                                 DenseShape<D>::threads, shared, stream>>>(a);
     TS_TRY(launch_status("the dense kernel"));
 done:
     return status;
@@ -322,20 +331,25 @@ static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     return l;
 }
 
-static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clusters, char *workspace, cudaStream_t stream) {
+static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clusters, char *workspace,
+                                cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(ClusterShared);
     ClusterLaunch launch;
     a.n_items = l.n_items;
     a.counters = (int *)workspace;
     a.ring = (float *)(workspace + l.carry);
-    cudaError_t error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared, cudaGetErrorString(error));
+    cudaError_t error =
+        cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
+             cudaGetErrorString(error));
     error = cudaMemsetAsync(workspace, 0, l.counters_bytes, stream);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s", cudaGetErrorString(error));
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s",
+             cudaGetErrorString(error));
     set_cluster_launch(&launch, min(n_clusters, a.n_items), stream);
     error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s", cudaGetErrorString(error));
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s",
+             cudaGetErrorString(error));
 done:
     return status;
 }
@@ -347,7 +361,8 @@ static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_d
 
 } // namespace ts
 
-extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
+extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args,
+                                                    const ts_cuda_attention_dense_plan *plan) {
     if (args->qkvg.dtype == TS_F32)
         return 256;
     return ts::use_cluster(args, plan) ? ts::cluster_layout_of(args).n_bytes : ts::layout_of(args).n_bytes;
@@ -367,11 +382,13 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
         error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess && major == 9) {
         set_cluster_launch(&launch, 1, nullptr);
-        error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(ClusterShared));
+        error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)sizeof(ClusterShared));
         if (error == cudaSuccess)
             error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &launch.config);
     }
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s", cudaGetErrorString(error));
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s",
+             cudaGetErrorString(error));
     plan->n_multiprocessors = n_multiprocessors;
     plan->capability = major == 9 && n_clusters > 0 ? 90 : 80;
     plan->n_clusters = n_clusters;
@@ -379,8 +396,8 @@ done:
     return status;
 }
 
-extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan, void *workspace,
-                                             size_t workspace_bytes, void *stream) {
+extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan,
+                                             void *workspace, size_t workspace_bytes, void *stream) {
     using namespace ts;
     ts_status status = TS_OK;
     const ts_tile_cache_layer *cache = args->cache;
@@ -394,11 +411,12 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     TS_CHECK(d == 64 || d == 128, TS_ERR_UNSUPPORTED, "attention: head size %d; 64 and 128 are built", d);
     TS_CHECK(cache->tile_size == 64 || (cache->tile_size == 128 && d == 128), TS_ERR_UNSUPPORTED,
              "attention: tile size %d with head size %d; 64 is built, and 128 for head size 128", cache->tile_size, d);
-    TS_CHECK(args->qkvg.dtype == args->y.dtype && (args->y.dtype == TS_BF16 || args->y.dtype == TS_F32), TS_ERR_UNSUPPORTED,
-             "attention: projections %s and outputs %s; both BF16 or both F32 are built", ts_dtype_name(args->qkvg.dtype),
-             ts_dtype_name(args->y.dtype));
+    TS_CHECK(args->qkvg.dtype == args->y.dtype && (args->y.dtype == TS_BF16 || args->y.dtype == TS_F32),
+             TS_ERR_UNSUPPORTED, "attention: projections %s and outputs %s; both BF16 or both F32 are built",
+             ts_dtype_name(args->qkvg.dtype), ts_dtype_name(args->y.dtype));
     TS_CHECK((uintptr_t)args->qkvg.data % 16 == 0 && (uintptr_t)args->y.data % 16 == 0 &&
-                 (size_t)args->qkvg.stride * element_bytes % 16 == 0 && (size_t)args->y.stride * element_bytes % 16 == 0,
+                 (size_t)args->qkvg.stride * element_bytes % 16 == 0 &&
+                 (size_t)args->y.stride * element_bytes % 16 == 0,
              TS_ERR_INVALID, "attention: rows of %lld and %lld elements; rows must begin at multiples of 16 bytes",
              (long long)args->qkvg.stride, (long long)args->y.stride);
     if (batch->n_spans == 0)

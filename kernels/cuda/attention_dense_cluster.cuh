@@ -1,19 +1,24 @@
 // The bf16 kernel of the dense form on Hopper, head size 64: one pass, k and v read once.
 //
-// A (span, KV head) is cut into pieces of kPieceTiles tiles. Piece p of every pair comes before piece p + 1 of any; clusters of 8
-// blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of clusters that does not divide
-// the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles, one tile per worker warpgroup. Per wave a worker
-//     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block c;
+// A (span, KV head) is cut into pieces of kPieceTiles tiles. Piece p of every pair comes before piece p + 1 of any;
+// clusters of 8 blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of
+// clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
+// one tile per worker warpgroup. Per wave a worker
+//     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block
+//     c;
 //     2. forms what the tile's tokens give each other, eq. (9), while
-//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends each
+//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends
+//     each
 //        tile the state that it begins with, in bf16;
 //     4. adds the state's part and writes y.
-// Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker, with a tile
-// or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is overwritten before it was read.
+// Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker,
+// with a tile or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is
+// overwritten before it was read.
 #ifndef TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 #define TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 
 #include "kernels/cuda/attention_dense_kernel.cuh"
+#include "kernels/cuda/cluster.cuh"
 
 namespace ts {
 
@@ -22,10 +27,7 @@ constexpr int kWorkers = 3; // warpgroups of a block that have tiles
 constexpr int kWaveTiles = kClusterBlocks * kWorkers;
 constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
-#ifndef TS_PIECE_WAVES
-#define TS_PIECE_WAVES 6
-#endif
-constexpr int kPieceTiles = TS_PIECE_WAVES * kWaveTiles;
+constexpr int kPieceTiles = 3 * kWaveTiles;
 constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
@@ -45,7 +47,7 @@ struct Gates {
 
 // 24 tiles or fewer of a piece. Tokens are counted from the first tile's first.
 struct Wave {
-    int64_t row;    // of token 0 in the batch; negative where the span begins inside the first tile
+    int64_t row; // of token 0 in the batch; negative where the span begins inside the first tile
     int head;
     int n_tiles;    // 0 after the last piece
     int begin, end; // the span's tokens
@@ -69,49 +71,6 @@ struct ClusterShared {
     Wave wave[kWaveStages];
     uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2]; // of even and of odd waves
 };
-
-__device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
-    uint32_t r;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(block));
-    return r;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
-}
-
-// Lanes may see the phase end at different times; the warp goes on as one.
-__device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
-    uint32_t done;
-    do {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-    } while (!done);
-    __syncwarp();
-}
-
-__device__ __forceinline__ void send_bulk(uint32_t to, uint32_t from, uint32_t n, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from),
-                 "r"(n), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(x),
-                 "r"(y), "r"(z), "r"(w), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(x), "r"(barrier)
-                 : "memory");
-}
 
 // A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
 struct ClusterWork {
@@ -176,7 +135,8 @@ __device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int
     }
 }
 
-// Gate logits of a lane's two tokens of tile `rank` of the wave: key, decay, key, decay; key gate and decay 0 outside the span.
+// Gate logits of a lane's two tokens of tile `rank` of the wave: key, decay, key, decay; key gate and decay 0 outside
+// the span.
 struct GateLogits {
     __nv_bfloat16 key[2], decay[2];
     bool valid[2];
@@ -269,7 +229,8 @@ __device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, i
         const uint32_t barrier = in_block(shared_address(&shared.inbox_full[stage]), thread);
         if (has_tile)
             send_bulk(in_block(shared_address(shared.inbox[stage][rank]), thread),
-                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
+                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes,
+                      8 * kPanelRowBytes, barrier);
         send_bulk(in_block(shared_address(&shared.inbox_slices[stage][rank]), thread),
                   shared_address(&shared.outbox[worker][stage][thread]), sizeof(TileSlice), barrier);
     }
@@ -277,8 +238,8 @@ __device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, i
 }
 
 // Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
-__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates, uint32_t k, uint32_t v,
-                                                int rank) {
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates,
+                                                uint32_t k, uint32_t v, int rank) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     map_tile_keys(gates, k);
     publish_to_wgmma();
@@ -320,7 +281,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
     WorkerShared &mine = shared.worker[worker];
     const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
-    const uint32_t state_base = shared_address(mine.state[0]), state_full = shared_address(&shared.state_full[worker][0]),
+    const uint32_t state_base = shared_address(mine.state[0]),
+                   state_full = shared_address(&shared.state_full[worker][0]),
                    gates_full = shared_address(&shared.gates_full[worker][0]);
     auto load_keys = [&](const Wave &w, int stage) {
         if (rank < w.n_tiles) {
@@ -337,7 +299,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     };
     auto begin_wave = [&](const Wave &w, const Gates &gates, int stage) {
         if (rank < w.n_tiles)
-            send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes, rank);
+            send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes,
+                            rank);
         else if (w.n_tiles > 0)
             send_slices(shared, worker, stage, rank, false);
     };
@@ -355,7 +318,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
             break;
         const bool is_active = rank < w.n_tiles;
         const Gates &gates = shared.gates[worker][wave % kGateStages];
-        const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, state = state_base + stage * kTileBytes;
+        const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes,
+                       state = state_base + stage * kTileBytes;
         gates_parity ^= stage; // of the next wave's
         const int n0 = 16 * warp + lane / 4;
         float c0 = 0.0f, c1 = 0.0f;
@@ -466,8 +430,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                     y[j][2] += from1 * old[j][2];
                     y[j][3] += from1 * old[j][3];
                 }
-                // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the state's after
-                // the last head, q's before it.
+                // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the
+                // state's after the last head, q's before it.
                 const uint32_t panel = is_last ? state : q;
                 worker_sync(worker);
                 store_accumulator(panel, 16 * warp, y, scale0, scale1);
@@ -494,8 +458,10 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     }
 }
 
-// One warp tells the block's workers what comes: waves three ahead, for the loads, and the gates of their tiles two ahead.
-__device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
+// One warp tells the block's workers what comes: waves three ahead, for the loads, and the gates of their tiles two
+// ahead.
+__device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
+                                            int n_clusters) {
     const int lane = threadIdx.x & 31;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
     ClusterWork work = next_work(a, cluster, n_clusters);
@@ -531,7 +497,9 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
             store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
         __syncwarp();
         if (lane < kWorkers)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2])) : "memory");
+            asm volatile(
+                "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2]))
+                : "memory");
         __syncwarp();
         n_gated++;
     };
@@ -545,13 +513,15 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
     for (int wave = 0; shared.wave[wave % kWaveStages].n_tiles > 0; wave++) {
         tell_wave();
         take_logits();
-        wait_phase(inbox_full + 8 * (wave & 1), wave >> 1 & 1); // the workers have taken the gates whose place these take
+        wait_phase(inbox_full + 8 * (wave & 1),
+                   wave >> 1 & 1); // the workers have taken the gates whose place these take
         tell_gates();
     }
 }
 
 // Two warps: rows 8 block ... of the running state; a thread has 8 columns of one row.
-__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster, int n_clusters) {
+__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
+                                               int n_clusters) {
     const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
     const uint32_t unit_offset = ((column / 8) ^ local) << 4;
@@ -559,7 +529,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
     auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
     int stage = 0, parity = 0;
-    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0; w = next_work(a, w.item + n_clusters, n_clusters)) {
+    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0;
+         w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
         float *state = a.state + (at * 64 + row) * 64 + column;
         float *carry = a.ring + (int64_t)w.pair * kCarryFloats;
@@ -623,7 +594,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
             const TileSlice *slices = shared.inbox_slices[stage];
             const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
-                           out_mass = shared_address(&shared.mass[0][stage][row]), full = shared_address(&shared.state_full[0][stage]);
+                           out_mass = shared_address(&shared.mass[0][stage][row]),
+                           full = shared_address(&shared.state_full[0][stage]);
 #pragma unroll 1
             for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
                 const uint32_t to_state = in_block(out_state, to_block), to_mass = in_block(out_mass, to_block),
@@ -645,8 +617,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                     if (column == 0)
                         send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), __float_as_uint(z), barrier);
                     if (t < n) {
-                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]), pack_bf16(s[2], s[3]),
-                             pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
+                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
+                             pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
                         if (wave + t == closing)
                             close();
                         s[0] = decay[u] * s[0] + low_of(own[u].x);
@@ -688,7 +660,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(co
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) unsigned char bytes[];
     ClusterShared &shared = *reinterpret_cast<ClusterShared *>(bytes);
-    const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks, n_clusters = gridDim.x / kClusterBlocks;
+    const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks,
+              n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         auto begin = [](const uint64_t &barrier) {

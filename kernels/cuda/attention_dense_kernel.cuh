@@ -37,7 +37,7 @@ template <int D> struct DenseShared {
     unsigned char k[2][DenseShape<D>::panels * DenseShape<D>::panel_bytes];
     unsigned char v[2][DenseShape<D>::panels * DenseShape<D>::panel_bytes];
     unsigned char state[DenseShape<D>::panels * D * kPanelRowBytes]; // panel p: columns 64 p ..., row = feature
-    float log_decay[kSegment];                                      // c of eq. (5) from the chunk's start, in powers of 2
+    float log_decay[kSegment]; // c of eq. (5) from the chunk's start, in powers of 2
     __nv_bfloat16 key_gate[kSegment];
     __nv_bfloat16 to_end[kSegment]; // e^{c_last - c_m}, in a state item times the key gate
     __nv_bfloat16 mass[D];
@@ -47,8 +47,8 @@ template <int D> struct DenseShared {
 
 // What a block works on. Tokens are counted from the first chunk's begin, a multiple of kChunk.
 struct Segment {
-    int64_t row;       // of token 0 in the batch; negative where the span begins inside its first chunk
-    int64_t cache;     // index of (sequence, KV head) in the cache
+    int64_t row;   // of token 0 in the batch; negative where the span begins inside its first chunk
+    int64_t cache; // index of (sequence, KV head) in the cache
     int head;
     int n_chunks;
     int begin, end;    // the span's tokens
@@ -98,8 +98,8 @@ template <int D> __device__ __forceinline__ RowCopy<D> row_copy(const DenseArgs 
 
 // The chunk `chunk` into a stage; rows outside the span become 0.
 template <int D>
-__device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, const RowCopy<D> &c, int chunk, bool is_whole,
-                                          uint32_t stage) {
+__device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, const RowCopy<D> &c, int chunk,
+                                          bool is_whole, uint32_t stage) {
     using Copy = RowCopy<D>;
     const __nv_bfloat16 *from = c.from + (int64_t)chunk * kChunk * a.stride;
     const uint32_t to = stage + c.to;
@@ -123,7 +123,8 @@ __device__ __forceinline__ void copy_rows(const DenseArgs &a, const Segment &s, 
 }
 
 // Gates of the segment's tokens, eqs. (2), (3), (5), per chunk; 1 and 0 decay and key gate outside the span.
-template <int D, bool outputs> __device__ __forceinline__ void load_gates(const DenseArgs &a, const Segment &s, DenseShared<D> &shared) {
+template <int D, bool outputs>
+__device__ __forceinline__ void load_gates(const DenseArgs &a, const Segment &s, DenseShared<D> &shared) {
     const int lane = threadIdx.x & 31;
     const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * D + s.head;
     for (int chunk = threadIdx.x / 32; chunk < s.n_chunks; chunk += DenseShape<D>::threads / 32) {
@@ -155,12 +156,14 @@ template <int D, bool outputs> __device__ __forceinline__ void load_gates(const 
             *reinterpret_cast<uint32_t *>(&shared.key_gate[at]) = pack_bf16(gate[0], gate[1]);
             gate[0] = gate[1] = 1.0f;
         }
-        *reinterpret_cast<uint32_t *>(&shared.to_end[at]) = pack_bf16(gate[0] * exp2_fast(last - c0), gate[1] * exp2_fast(last - sum));
+        *reinterpret_cast<uint32_t *>(&shared.to_end[at]) =
+            pack_bf16(gate[0] * exp2_fast(last - c0), gate[1] * exp2_fast(last - sum));
     }
 }
 
 // k becomes k^ in place, eq. (4).
-template <int D> __device__ __forceinline__ void map_keys(DenseShared<D> &shared, uint32_t k, uint32_t offset, int gates) {
+template <int D>
+__device__ __forceinline__ void map_keys(DenseShared<D> &shared, uint32_t k, uint32_t offset, int gates) {
     using Copy = RowCopy<D>;
     const int row = threadIdx.x / Copy::units;
     const unsigned short *gate = reinterpret_cast<const unsigned short *>(shared.key_gate) + gates + row;
@@ -235,7 +238,8 @@ template <int D> __device__ __forceinline__ void state_store(const RunningState<
     for (int b = 0; b < DenseShape<D>::panels; b++) {
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            __stcg(to + (b * 8 + j) * DenseShape<D>::threads, make_float4(r.s[b][j][0], r.s[b][j][1], r.s[b][j][2], r.s[b][j][3]));
+            __stcg(to + (b * 8 + j) * DenseShape<D>::threads,
+                   make_float4(r.s[b][j][0], r.s[b][j][1], r.s[b][j][2], r.s[b][j][3]));
         if (threadIdx.x < 128 && lane % 4 == 0) {
             float *z = slot + D * D + b * 64 + warp * 16 + lane / 4;
             __stcg(z, r.z[b][0]);
@@ -257,7 +261,8 @@ template <int D> __device__ __noinline__ void state_begin(const DenseArgs &a, co
     for (int i = 0; i < DenseShape<D>::panels * 8; i++) {
         const int row = i / 8 * 64 + warp * 16 + lane / 4, column = group * 64 + i % 8 * 8 + 2 * (lane % 4);
         const float *state = a.state + (at * D + row) * D + column;
-        float4 x = make_float4(carried * state[0], carried * state[1], carried * state[8 * D], carried * state[8 * D + 1]);
+        float4 x =
+            make_float4(carried * state[0], carried * state[1], carried * state[8 * D], carried * state[8 * D + 1]);
         for (int m = 0; m < n_open; m++) {
             const float weight = (float)exp(c_last - open_c[m]);
             const float k0 = weight * open_k[m * D + row], k1 = weight * open_k[m * D + row + 8];
@@ -280,7 +285,8 @@ template <int D> __device__ __noinline__ void state_begin(const DenseArgs &a, co
 
 // The state that the next open tile begins with goes to the cache.
 template <int D>
-__device__ __forceinline__ void state_end(const DenseArgs &a, const Segment &s, const RunningState<D> &r, double log_sum) {
+__device__ __forceinline__ void state_end(const DenseArgs &a, const Segment &s, const RunningState<D> &r,
+                                          double log_sum) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     const int64_t at = s.cache;
 #pragma unroll
@@ -316,11 +322,11 @@ template <int D> __device__ __forceinline__ void state_publish(const RunningStat
     }
 }
 
-// Fragments of e^{c_last - c_m} k^_m, transposed: [64 features of block b, 64 tokens], per k16 step of tokens; z takes their sum.
-// The panel holds k^, or k where `map` is set.
+// Fragments of e^{c_last - c_m} k^_m, transposed: [64 features of block b, 64 tokens], per k16 step of tokens; z takes
+// their sum. The panel holds k^, or k where `map` is set.
 template <int D, bool map>
-__device__ __forceinline__ void load_keys_transposed(uint32_t (&f)[4][4], float (&z)[4], const DenseShared<D> &shared, uint32_t panel,
-                                                     int gates) {
+__device__ __forceinline__ void load_keys_transposed(uint32_t (&f)[4][4], float (&z)[4], const DenseShared<D> &shared,
+                                                     uint32_t panel, int gates) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * warp + ((lane >> 3) & 1);
 #pragma unroll
@@ -340,22 +346,24 @@ __device__ __forceinline__ void load_keys_transposed(uint32_t (&f)[4][4], float 
     }
 }
 
-// One segment. Outputs: from the state `r` to y, and the cache's new state where a span's last complete tile ends; otherwise r
-// becomes the segment's own (S, z). Returns the sum of the log decays, in powers of 2.
+// One segment. Outputs: from the state `r` to y, and the cache's new state where a span's last complete tile ends;
+// otherwise r becomes the segment's own (S, z). Returns the sum of the log decays, in powers of 2.
 template <int D, bool hopper, bool outputs>
-__device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment &s, DenseShared<D> &shared, RunningState<D> &r,
-                                              double log_sum) {
+__device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment &s, DenseShared<D> &shared,
+                                              RunningState<D> &r, double log_sum) {
     using Shape = DenseShape<D>;
     constexpr int blocks = Shape::panels;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
     const int heads = a.n_heads / a.n_kv_heads;
     const int n_chunks = s.n_chunks, first_whole = s.begin > 0, end_whole = s.end / kChunk;
-    const uint32_t q_base = shared_address(shared.q[0]), k_base = shared_address(shared.k[0]), v_base = shared_address(shared.v[0]);
+    const uint32_t q_base = shared_address(shared.q[0]), k_base = shared_address(shared.k[0]),
+                   v_base = shared_address(shared.v[0]);
     constexpr uint32_t stage_bytes = Shape::panels * Shape::panel_bytes;
 
     // A step is a chunk and a head of the group. Loads run two steps ahead.
     const RowCopy<D> copy_q = row_copy<D>(a, s, (int64_t)s.head * heads * D);
-    const int64_t k_column = (int64_t)(a.n_heads + s.head - s.head * heads) * D, v_column = k_column + (int64_t)a.n_kv_heads * D;
+    const int64_t k_column = (int64_t)(a.n_heads + s.head - s.head * heads) * D,
+                  v_column = k_column + (int64_t)a.n_kv_heads * D;
     int next_chunk = 0, next_head = 0;
     uint32_t next_q = q_base;
     auto load_next = [&] {
@@ -386,179 +394,181 @@ __device__ __forceinline__ double run_segment(const DenseArgs &a, const Segment 
     load_gates<D, outputs>(a, s, shared);
     uint32_t q = q_base;
     for (int chunk = 0; chunk < n_chunks; chunk++)
-    for (int i = 0; i < (outputs ? heads : 1); i++) {
-        const int gates = chunk * kChunk;
-        const uint32_t k = k_base + (chunk & 1) * stage_bytes, v = v_base + (chunk & 1) * stage_bytes;
-        copy_wait<1>();
-        __syncthreads();
-        uint32_t fq[4 * blocks][4];
-        if (outputs) {
-            if (i == 0) {
-                map_keys<D>(shared, k, copy_q.to, gates);
-                state_publish<D>(r, shared);
-            }
-            const int row = 16 * warp + (lane & 15), unit = lane >> 4;
-#pragma unroll
-            for (int t = 0; t < 4 * blocks; t++) {
-                load_matrices(fq[t], panel_unit(q + t / 4 * Shape::panel_bytes, row, t % 4 * 2 + unit));
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    fq[t][e] = feature_map(fq[t][e]);
-            }
-            publish_to_wgmma();
+        for (int i = 0; i < (outputs ? heads : 1); i++) {
+            const int gates = chunk * kChunk;
+            const uint32_t k = k_base + (chunk & 1) * stage_bytes, v = v_base + (chunk & 1) * stage_bytes;
+            copy_wait<1>();
             __syncthreads();
-        }
-
-        const float chunk_decay = shared.log_decay[gates + kChunk - 1];
-        const bool update =
-            !outputs || __any_sync(~0u, i == heads - 1 && (chunk + 1 < n_chunks || chunk == s.closing_chunk));
-        Accumulator y, weights;
-        float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (outputs) {
-            if (hopper) {
-                group_begin();
-#pragma unroll
-                for (int t = 0; t < 4 * blocks; t++)
-                    group_product<0>(weights, fq[t], panel_descriptor(k + t / 4 * Shape::panel_bytes + t % 4 * 32), t > 0);
-                const uint32_t state = shared_address(shared.state) + group * D * kPanelRowBytes;
-#pragma unroll
-                for (int t = 0; t < 4 * blocks; t++)
-                    group_product<1>(y, fq[t], panel_descriptor(state + t * 2048), t > 0);
-                group_commit();
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        y[j][e] = weights[j][e] = 0.0f;
-                const uint32_t state = shared_address(shared.state) + group * D * kPanelRowBytes;
+            uint32_t fq[4 * blocks][4];
+            if (outputs) {
+                if (i == 0) {
+                    map_keys<D>(shared, k, copy_q.to, gates);
+                    state_publish<D>(r, shared);
+                }
+                const int row = 16 * warp + (lane & 15), unit = lane >> 4;
 #pragma unroll
                 for (int t = 0; t < 4 * blocks; t++) {
-                    warp_product_rows(weights, fq[t], k + t / 4 * Shape::panel_bytes, t % 4, 2 * warp + 2);
-                    warp_product_columns(y, fq[t], state, t);
+                    load_matrices(fq[t], panel_unit(q + t / 4 * Shape::panel_bytes, row, t % 4 * 2 + unit));
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        fq[t][e] = feature_map(fq[t][e]);
                 }
+                publish_to_wgmma();
+                __syncthreads();
             }
+
+            const float chunk_decay = shared.log_decay[gates + kChunk - 1];
+            const bool update =
+                !outputs || __any_sync(~0u, i == heads - 1 && (chunk + 1 < n_chunks || chunk == s.closing_chunk));
+            Accumulator y, weights;
+            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (outputs) {
+                if (hopper) {
+                    group_begin();
 #pragma unroll
-            for (int t = 0; t < 4 * blocks; t++) {
-                const uint32_t *z = reinterpret_cast<const uint32_t *>(shared.mass) + 8 * t + lane % 4;
-                mma(mass, fq[t], z[0], z[4]);
-            }
-        }
-        uint32_t fk[4][4];
-        if (update) {
-            state_scale<D>(r, exp2_fast(chunk_decay));
-            total += chunk_decay;
-        }
-        if (outputs) {
-            if (hopper) {
-                group_wait<0>();
-                group_hold(weights);
-                group_hold(y);
-            }
-            const int n0 = 16 * warp + lane / 4;
-            const float c0 = shared.log_decay[gates + n0], c1 = shared.log_decay[gates + n0 + 8];
-            const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
+                    for (int t = 0; t < 4 * blocks; t++)
+                        group_product<0>(weights, fq[t], panel_descriptor(k + t / 4 * Shape::panel_bytes + t % 4 * 32),
+                                         t > 0);
+                    const uint32_t state = shared_address(shared.state) + group * D * kPanelRowBytes;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                y[j][0] *= from0;
-                y[j][1] *= from0;
-                y[j][2] *= from1;
-                y[j][3] *= from1;
-            }
-            mass[0] *= from0;
-            mass[1] *= from0;
-            mass[2] *= from1;
-            mass[3] *= from1;
-            uint32_t fw[4][4];
+                    for (int t = 0; t < 4 * blocks; t++)
+                        group_product<1>(y, fq[t], panel_descriptor(state + t * 2048), t > 0);
+                    group_commit();
+                } else {
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
+                    for (int j = 0; j < 8; j++)
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int j = 2 * t + h, m = 8 * j + 2 * (lane % 4);
-                    float *w = weights[j];
-                    if (t <= warp) {
-                        const float2 c = *reinterpret_cast<const float2 *>(&shared.log_decay[gates + m]);
-                        w[0] *= exp2_fast(c0 - c.x);
-                        w[1] *= exp2_fast(c0 - c.y);
-                        w[2] *= exp2_fast(c1 - c.x);
-                        w[3] *= exp2_fast(c1 - c.y);
-                        if (t == warp) {
-                            w[0] = m <= n0 ? w[0] : 0.0f;
-                            w[1] = m + 1 <= n0 ? w[1] : 0.0f;
-                            w[2] = m <= n0 + 8 ? w[2] : 0.0f;
-                            w[3] = m + 1 <= n0 + 8 ? w[3] : 0.0f;
-                        }
-                    } else {
-                        w[0] = w[1] = w[2] = w[3] = 0.0f;
+                        for (int e = 0; e < 4; e++)
+                            y[j][e] = weights[j][e] = 0.0f;
+                    const uint32_t state = shared_address(shared.state) + group * D * kPanelRowBytes;
+#pragma unroll
+                    for (int t = 0; t < 4 * blocks; t++) {
+                        warp_product_rows(weights, fq[t], k + t / 4 * Shape::panel_bytes, t % 4, 2 * warp + 2);
+                        warp_product_columns(y, fq[t], state, t);
                     }
-                    fw[t][2 * h] = pack_bf16(w[0], w[1]);
-                    fw[t][2 * h + 1] = pack_bf16(w[2], w[3]);
+                }
+#pragma unroll
+                for (int t = 0; t < 4 * blocks; t++) {
+                    const uint32_t *z = reinterpret_cast<const uint32_t *>(shared.mass) + 8 * t + lane % 4;
+                    mma(mass, fq[t], z[0], z[4]);
                 }
             }
-            if (hopper) {
-                group_begin();
-#pragma unroll
-                for (int t = 0; t < 4; t++)
-                    group_product<1>(y, fw[t], panel_descriptor(v + group * Shape::panel_bytes + t * 2048), 1);
-                group_commit();
-            } else {
-#pragma unroll
-                for (int t = 0; t < 4; t++)
-                    if (t <= warp)
-                        warp_product_columns(y, fw[t], v + group * Shape::panel_bytes, t);
+            uint32_t fk[4][4];
+            if (update) {
+                state_scale<D>(r, exp2_fast(chunk_decay));
+                total += chunk_decay;
             }
+            if (outputs) {
+                if (hopper) {
+                    group_wait<0>();
+                    group_hold(weights);
+                    group_hold(y);
+                }
+                const int n0 = 16 * warp + lane / 4;
+                const float c0 = shared.log_decay[gates + n0], c1 = shared.log_decay[gates + n0 + 8];
+                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
 #pragma unroll
-            for (int t = 0; t < 4; t++)
-                mma(mass, fw[t], kOnes, kOnes);
-        }
-        if (update) {
+                for (int j = 0; j < 8; j++) {
+                    y[j][0] *= from0;
+                    y[j][1] *= from0;
+                    y[j][2] *= from1;
+                    y[j][3] *= from1;
+                }
+                mass[0] *= from0;
+                mass[1] *= from0;
+                mass[2] *= from1;
+                mass[3] *= from1;
+                uint32_t fw[4][4];
 #pragma unroll
-            for (int b = 0; b < blocks; b++) {
-                load_keys_transposed<D, !outputs>(fk, r.z[b], shared, k + b * Shape::panel_bytes, gates);
+                for (int t = 0; t < 4; t++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int j = 2 * t + h, m = 8 * j + 2 * (lane % 4);
+                        float *w = weights[j];
+                        if (t <= warp) {
+                            const float2 c = *reinterpret_cast<const float2 *>(&shared.log_decay[gates + m]);
+                            w[0] *= exp2_fast(c0 - c.x);
+                            w[1] *= exp2_fast(c0 - c.y);
+                            w[2] *= exp2_fast(c1 - c.x);
+                            w[3] *= exp2_fast(c1 - c.y);
+                            if (t == warp) {
+                                w[0] = m <= n0 ? w[0] : 0.0f;
+                                w[1] = m + 1 <= n0 ? w[1] : 0.0f;
+                                w[2] = m <= n0 + 8 ? w[2] : 0.0f;
+                                w[3] = m + 1 <= n0 + 8 ? w[3] : 0.0f;
+                            }
+                        } else {
+                            w[0] = w[1] = w[2] = w[3] = 0.0f;
+                        }
+                        fw[t][2 * h] = pack_bf16(w[0], w[1]);
+                        fw[t][2 * h + 1] = pack_bf16(w[2], w[3]);
+                    }
+                }
                 if (hopper) {
                     group_begin();
 #pragma unroll
                     for (int t = 0; t < 4; t++)
-                        group_product<1>(r.s[b], fk[t], panel_descriptor(v + group * Shape::panel_bytes + t * 2048), 1);
+                        group_product<1>(y, fw[t], panel_descriptor(v + group * Shape::panel_bytes + t * 2048), 1);
                     group_commit();
-                    group_wait<0>();
-                    group_hold(r.s[b]);
                 } else {
 #pragma unroll
                     for (int t = 0; t < 4; t++)
-                        warp_product_columns(r.s[b], fk[t], v + group * Shape::panel_bytes, t);
+                        if (t <= warp)
+                            warp_product_columns(y, fw[t], v + group * Shape::panel_bytes, t);
+                }
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    mma(mass, fw[t], kOnes, kOnes);
+            }
+            if (update) {
+#pragma unroll
+                for (int b = 0; b < blocks; b++) {
+                    load_keys_transposed<D, !outputs>(fk, r.z[b], shared, k + b * Shape::panel_bytes, gates);
+                    if (hopper) {
+                        group_begin();
+#pragma unroll
+                        for (int t = 0; t < 4; t++)
+                            group_product<1>(r.s[b], fk[t], panel_descriptor(v + group * Shape::panel_bytes + t * 2048),
+                                             1);
+                        group_commit();
+                        group_wait<0>();
+                        group_hold(r.s[b]);
+                    } else {
+#pragma unroll
+                        for (int t = 0; t < 4; t++)
+                            warp_product_columns(r.s[b], fk[t], v + group * Shape::panel_bytes, t);
+                    }
                 }
             }
-        }
-        if (outputs) {
-            if (hopper) {
-                group_wait<0>();
-                group_hold(y);
-            }
-            // Through the warp's own rows of q, so that a row of y is written in units of 16 bytes.
-            const uint32_t panel = q + group * Shape::panel_bytes;
-            store_accumulator(panel, 16 * warp, y, __fdividef(1.0f, mass[0] + a.normalizer_eps),
-                              __fdividef(1.0f, mass[2] + a.normalizer_eps));
-            __syncwarp();
-            const int first_row = 16 * warp + lane / 8;
-            __nv_bfloat16 *to = a.y + (s.row + gates + first_row) * a.y_stride +
-                                (int64_t)(s.head * heads + i) * D + group * 64 + lane % 8 * 8;
-            const bool is_whole = chunk >= first_whole && chunk < end_whole;
+            if (outputs) {
+                if (hopper) {
+                    group_wait<0>();
+                    group_hold(y);
+                }
+                // Through the warp's own rows of q, so that a row of y is written in units of 16 bytes.
+                const uint32_t panel = q + group * Shape::panel_bytes;
+                store_accumulator(panel, 16 * warp, y, __fdividef(1.0f, mass[0] + a.normalizer_eps),
+                                  __fdividef(1.0f, mass[2] + a.normalizer_eps));
+                __syncwarp();
+                const int first_row = 16 * warp + lane / 8;
+                __nv_bfloat16 *to = a.y + (s.row + gates + first_row) * a.y_stride + (int64_t)(s.head * heads + i) * D +
+                                    group * 64 + lane % 8 * 8;
+                const bool is_whole = chunk >= first_whole && chunk < end_whole;
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const uint4 x = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
-                const int n = gates + first_row + 4 * t;
-                if (is_whole || (n >= s.begin && n < s.end))
-                    __stcs(reinterpret_cast<uint4 *>(to), x);
-                to += 4 * a.y_stride;
+                for (int t = 0; t < 4; t++) {
+                    const uint4 x = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
+                    const int n = gates + first_row + 4 * t;
+                    if (is_whole || (n >= s.begin && n < s.end))
+                        __stcs(reinterpret_cast<uint4 *>(to), x);
+                    to += 4 * a.y_stride;
+                }
+                q ^= q_base ^ (q_base + stage_bytes);
+                if (update && chunk == s.closing_chunk)
+                    state_end<D>(a, s, r, total * 0.6931471805599453);
             }
-            q ^= q_base ^ (q_base + stage_bytes);
-            if (update && chunk == s.closing_chunk)
-                state_end<D>(a, s, r, total * 0.6931471805599453);
+            __syncthreads();
+            load_next();
         }
-        __syncthreads();
-        load_next();
-    }
     return total;
 }
 
@@ -624,7 +634,8 @@ __device__ __forceinline__ int count_up(int *counter) {
 }
 
 template <int D, bool hopper>
-__global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_per_multiprocessor) dense_attention(const DenseArgs a) {
+__global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_per_multiprocessor)
+    dense_attention(const DenseArgs a) {
 #if TS_HAS_WGMMA || __CUDA_ARCH__ == 800
     extern __shared__ __align__(1024) unsigned char bytes[];
     DenseShared<D> &shared = *reinterpret_cast<DenseShared<D> *>(bytes);
@@ -638,7 +649,9 @@ __global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_
             shared.item[to] = item;
         }
     };
-    auto slots_of = [&](int row, int head) { return a.ring + ((int64_t)(row % a.ring_rows) * a.n_kv_heads + head) * ring_head; };
+    auto slots_of = [&](int row, int head) {
+        return a.ring + ((int64_t)(row % a.ring_rows) * a.n_kv_heads + head) * ring_head;
+    };
     int *states_done = a.counters, *composed = states_done + (int64_t)a.n_rows * a.n_kv_heads,
         *outputs_done = composed + (int64_t)a.n_rows * a.n_kv_heads;
     take(0);
@@ -652,7 +665,8 @@ __global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_
         const Segment s = segment_of(a, row, item);
         const int64_t at = (int64_t)item.row * a.n_kv_heads + item.head;
         float *slots = slots_of(item.row, item.head);
-        // Whatever reads this row's slots is done: the outputs of the row that had them, and what the next row took over.
+        // Whatever reads this row's slots is done: the outputs of the row that had them, and what the next row took
+        // over.
         auto wait_for_slots = [&] {
             if (item.row >= a.ring_rows) {
                 const int64_t back = at - (int64_t)a.ring_rows * a.n_kv_heads;
@@ -679,7 +693,8 @@ __global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_
                 else
                     wait_for(&composed[at - a.n_kv_heads], 1);
                 const int n_before = row.is_first ? 0 : a.rows[item.row - 1].n_segments;
-                compose_slots<D>(a, s, row, slots, row.is_first ? nullptr : slots_of(item.row - 1, item.head), n_before, r);
+                compose_slots<D>(a, s, row, slots, row.is_first ? nullptr : slots_of(item.row - 1, item.head), n_before,
+                                 r);
                 count_up(&composed[at]);
             }
         } else {

@@ -1,12 +1,13 @@
 // How a batch is cut for the dense form, and the order in which blocks take the pieces.
 //
-// A segment is kSegment consecutive positions of one sequence, cut at multiples of kSegment, so a row's value does not depend on
-// the rest of the batch. Up to kGroup segments of a span are a row of the plan; a row has the items
-//     state (head, segment): what the segment adds to the state, (decay, S, z), into the row's slots; whoever finishes the last
+// A segment is kSegment consecutive positions of one sequence, cut at multiples of kSegment, so a row's value does not
+// depend on the rest of the batch. Up to kGroup segments of a span are a row of the plan; a row has the items
+//     state (head, segment): what the segment adds to the state, (decay, S, z), into the row's slots; whoever finishes
+//     the last
 //         one of a head composes them, so that each slot holds the state that its segment begins with;
 //     output (head, segment): the outputs, from that state.
-// The state items of row r come `lag` rows before the output items of row r, so that an output item hardly ever waits, and its
-// k and v are still in L2. Blocks draw tickets in this order, so whatever an item waits for was drawn before it.
+// The state items of row r come some rows before the output items of row r, so that an output item seldom waits. Blocks
+// draw tickets in this order, so whatever an item waits for was drawn before it.
 #ifndef TS_CUDA_ATTENTION_DENSE_PLAN_CUH
 #define TS_CUDA_ATTENTION_DENSE_PLAN_CUH
 
@@ -14,7 +15,7 @@
 
 namespace ts {
 
-constexpr int kChunk = 64;         // tokens that a block takes at a time
+constexpr int kChunk = 64; // tokens that a block takes at a time
 constexpr int kSegment = 1024;
 constexpr int kGroup = 4;
 constexpr int kItemsAhead = 160;    // output items between a state item and the output items of its row

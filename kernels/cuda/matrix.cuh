@@ -1,7 +1,8 @@
 // Warp and warpgroup matrix products over shared-memory panels, for sm_80 (mma.sync) and sm_90a (wgmma).
 //
-// A panel holds rows of 64 bf16 (128 bytes) in the 128-byte swizzle: 16-byte unit u of row r lies at unit u ^ (r % 8). It starts
-// at a multiple of 1024 bytes. Fragments are those of mma.m16n8k16; a wgmma accumulator holds the same values per warp.
+// A panel holds rows of 64 bf16 (128 bytes) in the 128-byte swizzle: 16-byte unit u of row r lies at unit u ^ (r % 8).
+// It starts at a multiple of 1024 bytes. Fragments are those of mma.m16n8k16; a wgmma accumulator holds the same values
+// per warp.
 #ifndef TS_CUDA_MATRIX_CUH
 #define TS_CUDA_MATRIX_CUH
 
@@ -9,9 +10,9 @@
 #include <stdint.h>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define TS_HAS_WGMMA 1
+#    define TS_HAS_WGMMA 1
 #else
-#define TS_HAS_WGMMA 0
+#    define TS_HAS_WGMMA 0
 #endif
 
 namespace ts {
@@ -55,12 +56,16 @@ __device__ __forceinline__ void publish_to_wgmma() {
 
 __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
     uint4 r;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "r"(from)
+                 : "memory");
     return r;
 }
 
 __device__ __forceinline__ void store_shared16(uint32_t to, uint4 r) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r.x), "r"(r.y), "r"(r.z), "r"(r.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
@@ -80,12 +85,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
 // Four 8 x 8 matrices, the counterpart of load_matrices.
 __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
 #if TS_HAS_WGMMA
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r0), "r"(r1),
+                 "r"(r2), "r"(r3)
                  : "memory");
 #else
     const uint32_t r[4] = {r0, r1, r2, r3};
     const int lane = threadIdx.x & 31;
-#pragma unroll
+#    pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t row = __shfl_sync(~0u, to, 8 * i + lane / 4);
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + 4 * (lane % 4)), "r"(r[i]) : "memory");
@@ -142,7 +148,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 using Accumulator = float[8][4];
 
 // c += a b^T for one k16 step: the warp's a [16, 16] against rows 0 .. 8 * n_blocks of the panel, columns 16 * step ...
-__device__ __forceinline__ void warp_product_rows(Accumulator &c, const uint32_t (&a)[4], uint32_t panel, int step, int n_blocks) {
+__device__ __forceinline__ void warp_product_rows(Accumulator &c, const uint32_t (&a)[4], uint32_t panel, int step,
+                                                  int n_blocks) {
     const int lane = threadIdx.x & 31;
     const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * step + ((lane >> 3) & 1);
 #pragma unroll
@@ -198,12 +205,14 @@ __device__ __forceinline__ void group_hold(Accumulator &c) {
 }
 
 // The warp's [16, 64] accumulator, its rows scaled, as bf16 to rows first_row ... of a panel.
-__device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0, float scale1) {
+__device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0,
+                                                  float scale1) {
     const int lane = threadIdx.x & 31, row = first_row + (lane & 15);
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         store_matrices(panel_unit(panel, row, j + (lane >> 4)), pack_bf16(c[j][0] * scale0, c[j][1] * scale0),
-                       pack_bf16(c[j][2] * scale1, c[j][3] * scale1), pack_bf16(c[j + 1][0] * scale0, c[j + 1][1] * scale0),
+                       pack_bf16(c[j][2] * scale1, c[j][3] * scale1),
+                       pack_bf16(c[j + 1][0] * scale0, c[j + 1][1] * scale0),
                        pack_bf16(c[j + 1][2] * scale1, c[j + 1][3] * scale1));
 }
 
@@ -217,24 +226,26 @@ __device__ __forceinline__ uint64_t panel_further(uint64_t descriptor, uint32_t 
     return descriptor + (bytes >> 4);
 }
 
-// The warpgroup's a [64, 16] from registers times a panel; columns = 1: b is [k16, n64] with k along rows, else b^T is [n64, k16].
+// The warpgroup's a [64, 16] from registers times a panel; columns = 1: b is [k16, n64] with k along rows, else b^T is
+// [n64, k16].
 template <int columns>
 __device__ __forceinline__ void group_product(Accumulator &c, const uint32_t (&a)[4], uint64_t b, int accumulate) {
 #if TS_HAS_WGMMA
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"
-        "}\n"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(columns));
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n"
+                 "}\n"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+                   "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+                   "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+                   "+f"(c[7][2]), "+f"(c[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(columns));
 #endif
 }
 

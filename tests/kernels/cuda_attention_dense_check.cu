@@ -1,7 +1,8 @@
 // Dense-form prefill attention on CUDA against a float64 evaluation of eqs. (1) to (9) on the CPU, and its times.
 //
-//     cuda_attention_dense_check [d]        correctness, of all head sizes or one: lengths, spans, groups of heads, strong decay, chained calls, packing
-//     cuda_attention_dense_check time [N]   median of 25 calls at B 1, H 16, for head sizes 64 and 128, rotating input sets
+//     cuda_attention_dense_check [d]        correctness, of all head sizes or one: lengths, spans, groups of heads,
+//     strong decay, chained calls, packing cuda_attention_dense_check time [N]   median of 25 calls at B 1, H 16, for
+//     head sizes 64 and 128, rotating input sets
 #include "kernels/cuda/attention_dense.h"
 
 #include <algorithm>
@@ -147,7 +148,8 @@ struct Cache {
     Cache(const Case &c, int n_sequences) {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
-        const size_t bytes[] = {n * c.T * c.d * 4, n * c.T * c.d * 4, n * c.T * 8, n * 8, n * c.d * c.d * 4, n * c.d * 4};
+        const size_t bytes[] = {n * c.T * c.d * 4, n * c.T * c.d * 4, n * c.T * 8, n * 8,
+                                n * c.d * c.d * 4, n * c.d * 4};
         void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
                        (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.mass};
         for (int i = 0; i < 6; i++) {
@@ -164,7 +166,8 @@ struct Cache {
 // Runs calls of spans; element type E of the device tensors. y per sequence, [length, H d].
 template <typename E>
 static std::vector<std::vector<float>> run_calls(const Case &c, const std::vector<std::vector<E>> &rows, Cache &cache,
-                                                 const ts_cuda_attention_dense_plan &plan, const std::vector<int> &sequences) {
+                                                 const ts_cuda_attention_dense_plan &plan,
+                                                 const std::vector<int> &sequences) {
     const int stride = row_elements(c), width = c.H * c.d;
     size_t n_calls = 0;
     std::vector<int64_t> position(c.lengths.size(), 0);
@@ -180,7 +183,8 @@ static std::vector<std::vector<float>> run_calls(const Case &c, const std::vecto
             if (n == 0)
                 continue;
             spans.push_back({s, n, n_rows, position[s]});
-            packed.insert(packed.end(), rows[s].begin() + position[s] * stride, rows[s].begin() + (position[s] + n) * stride);
+            packed.insert(packed.end(), rows[s].begin() + position[s] * stride,
+                          rows[s].begin() + (position[s] + n) * stride);
             n_rows += n;
             position[s] += n;
         }
@@ -279,17 +283,20 @@ template <typename E> static bool check(const Case &c, const ts_cuda_attention_d
     const bool same_order = run_calls<E>(c, rows, again, plan, reversed) == y;
     const bool same_alone = run_calls<E>(c, rows, alone, plan, {0})[0] == y[0];
     const bool f32 = sizeof(E) == 4;
-    const bool good = e_y.relative() < (f32 ? 1e-5 : 8e-3) && worst < (f32 ? 1e-4 : 6e-2) && e_state.relative() < (f32 ? 1e-5 : 8e-3) &&
-                      e_mass.relative() < (f32 ? 1e-5 : 8e-3) && e_open.relative() < 1e-6 && e_c.relative() < 1e-9 &&
-                      e_end.relative() < 1e-5 && same_order && same_alone;
-    printf("%-4s %-5s %-22s d %3d T %3d H %2d/%d  y %.1e (worst %.1e) S %.1e z %.1e open %.1e c %.1e E %.1e bits %d%d\n",
-           good ? "ok" : "FAIL", path, c.name, c.d, c.T, c.H, c.KV, e_y.relative(), worst, e_state.relative(), e_mass.relative(),
-           e_open.relative(), e_c.relative(), e_end.relative(), same_order, same_alone);
+    const bool good = e_y.relative() < (f32 ? 1e-5 : 8e-3) && worst < (f32 ? 1e-4 : 6e-2) &&
+                      e_state.relative() < (f32 ? 1e-5 : 8e-3) && e_mass.relative() < (f32 ? 1e-5 : 8e-3) &&
+                      e_open.relative() < 1e-6 && e_c.relative() < 1e-9 && e_end.relative() < 1e-5 && same_order &&
+                      same_alone;
+    printf(
+        "%-4s %-5s %-22s d %3d T %3d H %2d/%d  y %.1e (worst %.1e) S %.1e z %.1e open %.1e c %.1e E %.1e bits %d%d\n",
+        good ? "ok" : "FAIL", path, c.name, c.d, c.T, c.H, c.KV, e_y.relative(), worst, e_state.relative(),
+        e_mass.relative(), e_open.relative(), e_c.relative(), e_end.relative(), same_order, same_alone);
     fflush(stdout);
     return good;
 }
 
-__global__ void fill(__nv_bfloat16 *to, int64_t n, int64_t stride, int64_t first_decay, float decay_mean, uint64_t seed) {
+__global__ void fill(__nv_bfloat16 *to, int64_t n, int64_t stride, int64_t first_decay, float decay_mean,
+                     uint64_t seed) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
         uint64_t x = (i + 1) * 0x9e3779b97f4a7c15ull + seed * 0xd1342543de82ef95ull;
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -384,8 +391,9 @@ static void time_shape(int d, int64_t n, int capability, const cudaDeviceProp &d
         CUDA(cudaEventElapsedTime(&ms[i], event[i], event[i + 1]));
     std::sort(ms.begin(), ms.end());
     const double bytes = (double)n * width * 2 * 4;
-    printf("d %3d N %7lld path %d: median %.4f ms, %.4f to %.4f; %.0f GB/s of q, k, v, y once; workspace %.1f MB%s\n", d, (long long)n,
-           capability, ms[n_repeats / 2], ms[0], ms[n_repeats - 1], bytes / ms[n_repeats / 2] * 1e-6, n_bytes * 1e-6, verdict);
+    printf("d %3d N %7lld path %d: median %.4f ms, %.4f to %.4f; %.0f GB/s of q, k, v, y once; workspace %.1f MB%s\n",
+           d, (long long)n, capability, ms[n_repeats / 2], ms[0], ms[n_repeats - 1], bytes / ms[n_repeats / 2] * 1e-6,
+           n_bytes * 1e-6, verdict);
     fflush(stdout);
     for (int i = 0; i < n_sets; i++)
         cudaFree(qkvg[i]), cudaFree(y[i]);
@@ -416,14 +424,30 @@ int main(int n_args, char **arg) {
         {"long", 64, 64, 2, 2, 2, 1, 16, {{5000}}},
         {"long memory", 64, 64, 2, 1, 8, 1, 16, {{4500}}},
         {"groups", 64, 64, 6, 2, 2, 1, 16, {{777, 1000}}},
-        {"packed, chained", 64, 64, 4, 2, 2, 1, 16, {{100, 0, 3000}, {1, 63, 64, 200}, {2300, 5}, {64, 128, 1, 1}, {37, 1900, 77}}},
+        {"packed, chained",
+         64,
+         64,
+         4,
+         2,
+         2,
+         1,
+         16,
+         {{100, 0, 3000}, {1, 63, 64, 200}, {2300, 5}, {64, 128, 1, 1}, {37, 1900, 77}}},
         {"many short", 64, 64, 16, 16, 2, 1, 16, {{3, 64}, {70}, {1, 1, 1}, {200, 2}, {64}, {65}, {5}, {130, 1}}},
         {"strong decay", 64, 64, 4, 4, -60, 40, 1, {{700, 333}, {64, 64}}},
         {"mixed decay", 64, 64, 2, 2, 0, 30, 1, {{1500}}},
         {"one short", 128, 128, 2, 2, 2, 1, 16, {{50}}},
         {"long", 128, 64, 2, 2, 2, 1, 16, {{3000}}},
         {"groups", 128, 128, 4, 2, 2, 1, 16, {{777, 1000}}},
-        {"packed, chained", 128, 128, 2, 1, 2, 1, 16, {{100, 0, 2300}, {1, 127, 128, 200}, {2300, 5}, {64, 128, 1, 1}, {37, 1900, 77}}},
+        {"packed, chained",
+         128,
+         128,
+         2,
+         1,
+         2,
+         1,
+         16,
+         {{100, 0, 2300}, {1, 127, 128, 200}, {2300, 5}, {64, 128, 1, 1}, {37, 1900, 77}}},
         {"strong decay", 128, 64, 2, 2, -60, 40, 1, {{700, 333}, {64, 64}}},
     };
     bool good = true;
