@@ -1,0 +1,697 @@
+// The bf16 kernel of the dense form on Hopper, head size 64: one pass, k and v read once.
+//
+// A (span, KV head) is cut into pieces of kPieceTiles tiles. Piece p of every pair comes before piece p + 1 of any;
+// clusters of 8 blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of
+// clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
+// one tile per worker warpgroup. Per wave a worker
+//     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block
+//     c;
+//     2. forms what the tile's tokens give each other, eq. (9), while
+//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends
+//     each
+//        tile the state that it begins with, in bf16;
+//     4. adds the state's part and writes y.
+// Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker,
+// with a tile or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is
+// overwritten before it was read.
+#ifndef TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
+#define TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
+
+#include "kernels/cuda/attention_dense_kernel.cuh"
+#include "kernels/cuda/cluster.cuh"
+
+namespace ts {
+
+constexpr int kClusterBlocks = 8;
+constexpr int kWorkers = 3; // warpgroups of a block that have tiles
+constexpr int kWaveTiles = kClusterBlocks * kWorkers;
+constexpr int kClusterThreads = 128 * (kWorkers + 1);
+constexpr int kTileBytes = 64 * kPanelRowBytes;
+constexpr int kPieceTiles = 3 * kWaveTiles;
+constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
+
+// What a tile's worker sends to one block beside 8 rows of S_t.
+struct TileSlice {
+    float z[8];
+    float log_decay; // of the tile, in powers of 2
+    float decay;     // 2^log_decay
+    float unused[2];
+};
+
+// Gates of a tile's tokens, eqs. (2), (3), (5).
+struct Gates {
+    float log_decay[64]; // c, in powers of 2
+    __nv_bfloat16 key_gate[64];
+    __nv_bfloat16 to_end[64]; // e^{c_last - c_m}
+};
+
+// 24 tiles or fewer of a piece. Tokens are counted from the first tile's first.
+struct Wave {
+    int64_t row; // of token 0 in the batch; negative where the span begins inside the first tile
+    int head;
+    int n_tiles;    // 0 after the last piece
+    int begin, end; // the span's tokens
+};
+
+constexpr int kGateStages = 3; // gates are written two waves ahead
+constexpr int kWaveStages = 8; // waves are told three ahead
+
+struct WorkerShared {
+    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[kTileBytes];
+    unsigned char state[2][kTileBytes]; // S_t on its way out, then S^ as it comes in, then y on its way out
+};
+
+struct ClusterShared {
+    WorkerShared worker[kWorkers];
+    unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
+    TileSlice inbox_slices[2][kWaveTiles];
+    TileSlice outbox[kWorkers][2][kClusterBlocks];
+    float mass[kWorkers][2][64]; // z^
+    Gates gates[kWorkers][kGateStages];
+    Wave wave[kWaveStages];
+    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2]; // of even and of odd waves
+};
+
+// A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
+struct ClusterWork {
+    int64_t row;   // of tile 0's first token in the batch; negative where the span begins inside the tile
+    int64_t cache; // index of (sequence, KV head)
+    int64_t end;   // token after the span's last, from tile 0's first
+    int item;      // -1 when there is none
+    int pair, piece, head;
+    int first_tile, end_tile; // of the piece
+    int begin;                // tokens of tile 0 before the span
+};
+
+// The first piece at or after `item`, in this cluster's turn.
+__device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, int n_clusters) {
+    ClusterWork w;
+    const int pairs = a.n_spans * a.n_kv_heads;
+    for (;; item += n_clusters) {
+        if (item >= a.n_items) {
+            w.item = -1;
+            return w;
+        }
+        w.piece = item / pairs;
+        w.pair = item - w.piece * pairs;
+        const int index = w.pair / a.n_kv_heads;
+        const ts_span span = a.spans[index];
+        w.begin = (int)(span.position % 64);
+        w.end = w.begin + span.n_tokens;
+        const int n_tiles = (int)((w.end + 63) / 64);
+        w.first_tile = w.piece * kPieceTiles;
+        if (w.first_tile >= n_tiles)
+            continue;
+        w.end_tile = min(n_tiles, w.first_tile + kPieceTiles);
+        w.item = item;
+        w.row = span.row - w.begin;
+        w.head = w.pair - index * a.n_kv_heads;
+        w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
+        return w;
+    }
+}
+
+__device__ __forceinline__ void worker_sync(int worker) {
+    asm volatile("bar.sync %0, 128;" ::"r"(worker + 1) : "memory");
+}
+
+// The rows of 64 columns of tile `rank` of the wave into a panel; rows outside the span become 0.
+__device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int rank, int64_t column, uint32_t panel) {
+    const int unit = threadIdx.x & 7, row = threadIdx.x % 128 / 8;
+    const __nv_bfloat16 *from = a.qkvg + (w.row + rank * 64 + row) * a.stride + column + 8 * unit;
+    const uint32_t to = panel_unit(panel, row, unit);
+    const int64_t step = 16 * a.stride;
+    if (rank * 64 >= w.begin && (rank + 1) * 64 <= w.end) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            copy_async(to + i * 16 * kPanelRowBytes, from + i * step);
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < 4; i++) {
+            const int n = rank * 64 + row + 16 * i;
+            const bool valid = n >= w.begin && n < w.end;
+            copy_async(to + i * 16 * kPanelRowBytes, valid ? from + i * step : a.qkvg, valid);
+        }
+    }
+}
+
+// Gate logits of a lane's two tokens of tile `rank` of the wave: key, decay, key, decay; key gate and decay 0 outside
+// the span.
+struct GateLogits {
+    __nv_bfloat16 key[2], decay[2];
+    bool valid[2];
+};
+
+__device__ __forceinline__ GateLogits load_logits(const DenseArgs &a, const Wave &w, int rank) {
+    const int lane = threadIdx.x & 31;
+    const int64_t column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * 64 + w.head;
+    GateLogits g;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int n = rank * 64 + 2 * lane + i;
+        g.valid[i] = n >= w.begin && n < w.end;
+        const __nv_bfloat16 *from = g.valid[i] ? a.qkvg + (w.row + n) * a.stride + column : a.qkvg;
+        g.key[i] = from[0];
+        g.decay[i] = from[g.valid[i] ? a.n_kv_heads : 0];
+    }
+    return g;
+}
+
+// Eqs. (2), (3), (5) for a tile, by one warp.
+__device__ __forceinline__ void store_gates(const DenseArgs &a, const GateLogits &g, Gates &gates) {
+    const int lane = threadIdx.x & 31;
+    float gate[2], decay[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(g.key[i]))) : 0.0f;
+        decay[i] = g.valid[i] ? log_sigmoid(__bfloat162float(g.decay[i])) * a.decay_scale : 0.0f;
+    }
+    float sum = decay[0] + decay[1];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step)
+            sum += other;
+    }
+    const float before = __shfl_up_sync(~0u, sum, 1);
+    const float last = __shfl_sync(~0u, sum, 31), c0 = (lane == 0 ? 0.0f : before) + decay[0];
+    *reinterpret_cast<float2 *>(&gates.log_decay[2 * lane]) = make_float2(c0, sum);
+    *reinterpret_cast<uint32_t *>(&gates.key_gate[2 * lane]) = pack_bf16(gate[0], gate[1]);
+    *reinterpret_cast<uint32_t *>(&gates.to_end[2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
+}
+
+// k becomes k^ in place, eq. (4).
+__device__ __forceinline__ void map_tile_keys(const Gates &gates, uint32_t k) {
+    const int thread = threadIdx.x % 128, row = thread / 8;
+    const unsigned short *gate = reinterpret_cast<const unsigned short *>(gates.key_gate) + row;
+    const uint32_t at = panel_unit(k, row, thread & 7);
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = load_shared16(at + i * 16 * kPanelRowBytes);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t g = gate[16 * i] * 0x10001u;
+        x[i].x = multiply_bf16(feature_map(x[i].x), g);
+        x[i].y = multiply_bf16(feature_map(x[i].y), g);
+        x[i].z = multiply_bf16(feature_map(x[i].z), g);
+        x[i].w = multiply_bf16(feature_map(x[i].w), g);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        store_shared16(at + i * 16 * kPanelRowBytes, x[i]);
+}
+
+// Fragments of e^{c_last - c_m} k^_m, transposed.
+__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates &gates, uint32_t k) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+    const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * warp + ((lane >> 3) & 1);
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        load_matrices_transposed(fk[t], panel_unit(k, 16 * t + row, unit));
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const uint32_t *weight = reinterpret_cast<const uint32_t *>(&gates.to_end[16 * t]) + lane % 4;
+        const uint32_t low = weight[0], high = weight[4];
+        fk[t][0] = multiply_bf16(fk[t][0], low);
+        fk[t][1] = multiply_bf16(fk[t][1], low);
+        fk[t][2] = multiply_bf16(fk[t][2], high);
+        fk[t][3] = multiply_bf16(fk[t][3], high);
+    }
+}
+
+// The worker's slice of each block goes to that block, with S_t where there is a tile.
+__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int rank, bool has_tile) {
+    const int thread = threadIdx.x % 128;
+    if (thread < kClusterBlocks) {
+        if (thread == 0)
+            expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
+        const uint32_t barrier = in_block(shared_address(&shared.inbox_full[stage]), thread);
+        if (has_tile)
+            send_bulk(in_block(shared_address(shared.inbox[stage][rank]), thread),
+                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes,
+                      8 * kPanelRowBytes, barrier);
+        send_bulk(in_block(shared_address(&shared.inbox_slices[stage][rank]), thread),
+                  shared_address(&shared.outbox[worker][stage][thread]), sizeof(TileSlice), barrier);
+    }
+    __syncwarp();
+}
+
+// Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates,
+                                                uint32_t k, uint32_t v, int rank) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+    map_tile_keys(gates, k);
+    publish_to_wgmma();
+    worker_sync(worker);
+    uint32_t fk[4][4];
+    float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Accumulator s;
+    load_tile_keys(fk, gates, k);
+    group_begin();
+    const uint64_t values = panel_descriptor(v);
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        group_product<1>(s, fk[t], panel_further(values, t * 2048), t > 0);
+    group_commit();
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+        mma(z, fk[t], kOnes, kOnes);
+    TileSlice *outbox = shared.outbox[worker][stage];
+    if (lane % 4 == 0) {
+        outbox[2 * warp].z[lane / 4] = z[0];
+        outbox[2 * warp + 1].z[lane / 4] = z[2];
+    }
+    if (lane < 2) {
+        const float log_decay = gates.log_decay[63];
+        outbox[2 * warp + lane].log_decay = log_decay;
+        outbox[2 * warp + lane].decay = exp2_fast(log_decay);
+    }
+    group_wait<0>();
+    group_hold(s);
+    store_accumulator(shared_address(shared.worker[worker].state[stage]), 16 * warp, s, 1.0f, 1.0f);
+    publish_to_wgmma();
+    worker_sync(worker);
+    send_slices(shared, worker, stage, rank, true);
+}
+
+// The worker forms S of the next wave between the two halves of this wave's outputs, so that it need not wait for S^.
+__device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &shared, int worker, int block) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+    const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
+    WorkerShared &mine = shared.worker[worker];
+    const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
+    const uint32_t state_base = shared_address(mine.state[0]),
+                   state_full = shared_address(&shared.state_full[worker][0]),
+                   gates_full = shared_address(&shared.gates_full[worker][0]);
+    auto load_keys = [&](const Wave &w, int stage) {
+        if (rank < w.n_tiles) {
+            const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
+            copy_tile(a, w, rank, k_column, k_base + stage * kTileBytes);
+            copy_tile(a, w, rank, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
+        }
+        copy_commit();
+    };
+    auto load_queries = [&](const Wave &w, int i) {
+        if (rank < w.n_tiles)
+            copy_tile(a, w, rank, ((int64_t)w.head * heads + i) * 64, q);
+        copy_commit();
+    };
+    auto begin_wave = [&](const Wave &w, const Gates &gates, int stage) {
+        if (rank < w.n_tiles)
+            send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes,
+                            rank);
+        else if (w.n_tiles > 0)
+            send_slices(shared, worker, stage, rank, false);
+    };
+    int stage = 0, wave = 0, parity = 0, gates_parity = 0;
+    wait_phase(gates_full, 0);
+    load_keys(shared.wave[0], 0);
+    load_queries(shared.wave[0], 0);
+    load_keys(shared.wave[1], 1);
+    copy_wait<2>();
+    worker_sync(worker);
+    begin_wave(shared.wave[0], shared.gates[worker][0], 0);
+    for (;; stage ^= 1, wave++) {
+        const Wave &w = shared.wave[wave % kWaveStages];
+        if (w.n_tiles == 0)
+            break;
+        const bool is_active = rank < w.n_tiles;
+        const Gates &gates = shared.gates[worker][wave % kGateStages];
+        const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes,
+                       state = state_base + stage * kTileBytes;
+        gates_parity ^= stage; // of the next wave's
+        const int n0 = 16 * warp + lane / 4;
+        float c0 = 0.0f, c1 = 0.0f;
+        if (is_active)
+            c0 = gates.log_decay[n0], c1 = gates.log_decay[n0 + 8];
+        for (int i = 0; i < heads; i++) {
+            const bool is_last = i + 1 == heads;
+            uint32_t fq[4][4];
+            Accumulator y;
+            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (is_active) {
+                if (i == 0)
+                    copy_wait<1>();
+                else
+                    copy_wait<0>();
+                worker_sync(worker);
+                uint32_t fw[4][4];
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    load_matrices(fq[t], panel_unit(q, 16 * warp + (lane & 15), 2 * t + (lane >> 4)));
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        fq[t][e] = feature_map(fq[t][e]);
+                Accumulator weights;
+                const uint64_t keys = panel_descriptor(k), values = panel_descriptor(v);
+                group_begin();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<0>(weights, fq[t], panel_further(keys, t * 32), t > 0);
+                group_commit();
+                group_wait<0>();
+                group_hold(weights);
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const int m = 16 * t + 8 * h + 2 * (lane % 4);
+                        float *x = weights[2 * t + h];
+                        if (t <= warp) {
+                            const float2 c = *reinterpret_cast<const float2 *>(&gates.log_decay[m]);
+                            x[0] *= exp2_fast(c0 - c.x);
+                            x[1] *= exp2_fast(c0 - c.y);
+                            x[2] *= exp2_fast(c1 - c.x);
+                            x[3] *= exp2_fast(c1 - c.y);
+                            if (t == warp) {
+                                x[0] = m <= n0 ? x[0] : 0.0f;
+                                x[1] = m + 1 <= n0 ? x[1] : 0.0f;
+                                x[2] = m <= n0 + 8 ? x[2] : 0.0f;
+                                x[3] = m + 1 <= n0 + 8 ? x[3] : 0.0f;
+                            }
+                            fw[t][2 * h] = pack_bf16(x[0], x[1]);
+                            fw[t][2 * h + 1] = pack_bf16(x[2], x[3]);
+                        } else {
+                            fw[t][2 * h] = fw[t][2 * h + 1] = 0;
+                        }
+                    }
+                }
+                group_begin();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<1>(y, fw[t], panel_further(values, t * 2048), t > 0);
+                group_commit();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    mma(mass, fw[t], kOnes, kOnes);
+                group_wait<0>();
+                group_hold(y);
+            }
+            if (is_last) {
+                worker_sync(worker); // k, v and q of this wave have been read
+                wait_phase(gates_full + 8 * (stage ^ 1), gates_parity);
+                const Wave &next = shared.wave[(wave + 1) % kWaveStages];
+                load_queries(next, 0);
+                load_keys(shared.wave[(wave + 2) % kWaveStages], stage);
+                copy_wait<2>();
+                worker_sync(worker);
+                begin_wave(next, shared.gates[worker][(wave + 1) % kGateStages], stage ^ 1);
+            }
+            if (i == 0) {
+                wait_phase(state_full + 8 * stage, parity);
+                publish_to_wgmma();
+            }
+            if (is_active) {
+                Accumulator old;
+                float carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                const uint64_t states = panel_descriptor(state);
+                group_begin();
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    group_product<1>(old, fq[t], panel_further(states, t * 2048), t > 0);
+                group_commit();
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    const float2 *z = reinterpret_cast<const float2 *>(shared.mass[worker][stage]) + 8 * t + lane % 4;
+                    mma(carried, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
+                }
+                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
+                const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
+                            scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
+                group_wait<0>();
+                group_hold(old);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    y[j][0] += from0 * old[j][0];
+                    y[j][1] += from0 * old[j][1];
+                    y[j][2] += from1 * old[j][2];
+                    y[j][3] += from1 * old[j][3];
+                }
+                // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the
+                // state's after the last head, q's before it.
+                const uint32_t panel = is_last ? state : q;
+                worker_sync(worker);
+                store_accumulator(panel, 16 * warp, y, scale0, scale1);
+                __syncwarp();
+                const int first_row = 16 * warp + lane / 8, n = rank * 64 + first_row;
+                __nv_bfloat16 *to = a.y + (w.row + n) * a.y_stride + ((int64_t)w.head * heads + i) * 64 + lane % 8 * 8;
+                uint4 x[4];
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+                    x[t] = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    if (n + 4 * t >= w.begin && n + 4 * t < w.end)
+                        __stcs(reinterpret_cast<uint4 *>(to), x[t]);
+                    to += 4 * a.y_stride;
+                }
+                if (!is_last) {
+                    worker_sync(worker);
+                    load_queries(w, i + 1);
+                }
+            }
+        }
+        parity ^= stage;
+    }
+}
+
+// One warp tells the block's workers what comes: waves three ahead, for the loads, and the gates of their tiles two
+// ahead.
+__device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
+                                            int n_clusters) {
+    const int lane = threadIdx.x & 31;
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    ClusterWork work = next_work(a, cluster, n_clusters);
+    int tile = work.first_tile, n_told = 0, n_gated = 0;
+    auto tell_wave = [&] {
+        Wave wave = {0, 0, 0, 0, 0};
+        if (work.item >= 0) {
+            wave.row = work.row + (int64_t)tile * 64;
+            wave.head = work.head;
+            wave.n_tiles = min(kWaveTiles, work.end_tile - tile);
+            wave.begin = tile == 0 ? work.begin : 0;
+            wave.end = (int)min(work.end - (int64_t)tile * 64, (int64_t)kWaveTiles * 64);
+            tile += kWaveTiles;
+            if (tile >= work.end_tile) {
+                work = next_work(a, work.item + n_clusters, n_clusters);
+                tile = work.first_tile;
+            }
+        }
+        if (lane == 0)
+            shared.wave[n_told % kWaveStages] = wave;
+        n_told++;
+        __syncwarp();
+    };
+    GateLogits logits[kWorkers];
+    auto take_logits = [&] {
+#pragma unroll
+        for (int i = 0; i < kWorkers; i++)
+            logits[i] = load_logits(a, shared.wave[n_gated % kWaveStages], block * kWorkers + i);
+    };
+    auto tell_gates = [&] {
+#pragma unroll
+        for (int i = 0; i < kWorkers; i++)
+            store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
+        __syncwarp();
+        if (lane < kWorkers)
+            asm volatile(
+                "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2]))
+                : "memory");
+        __syncwarp();
+        n_gated++;
+    };
+    tell_wave();
+    tell_wave();
+    take_logits();
+    tell_gates();
+    tell_wave();
+    take_logits();
+    tell_gates();
+    for (int wave = 0; shared.wave[wave % kWaveStages].n_tiles > 0; wave++) {
+        tell_wave();
+        take_logits();
+        wait_phase(inbox_full + 8 * (wave & 1),
+                   wave >> 1 & 1); // the workers have taken the gates whose place these take
+        tell_gates();
+    }
+}
+
+// Two warps: rows 8 block ... of the running state; a thread has 8 columns of one row.
+__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
+                                               int n_clusters) {
+    const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    const uint32_t unit_offset = ((column / 8) ^ local) << 4;
+    const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
+    const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
+    auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
+    int stage = 0, parity = 0;
+    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0;
+         w = next_work(a, w.item + n_clusters, n_clusters)) {
+        const int64_t at = w.cache;
+        float *state = a.state + (at * 64 + row) * 64 + column;
+        float *carry = a.ring + (int64_t)w.pair * kCarryFloats;
+        double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
+        int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
+        float s[8], z;
+        double log_sum = 0.0;
+        auto take = [&](const float4 &x, const float4 &y) {
+            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
+            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
+        };
+        if (w.piece == 0) {
+            take(reinterpret_cast<const float4 *>(state)[0], reinterpret_cast<const float4 *>(state)[1]);
+            z = a.mass[at * 64 + row];
+            if (w.begin > 0) { // the tokens of the open tile before the span
+                const float *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
+                const double *open_c = a.open_c + at * 64;
+                log_sum = open_c[w.begin - 1];
+                const float carried = (float)exp(log_sum);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    s[e] *= carried;
+                z *= carried;
+                for (int m = 0; m < w.begin; m++) {
+                    const float k = (float)exp(log_sum - open_c[m]) * open_k[m * 64];
+#pragma unroll
+                    for (int e = 0; e < 8; e++)
+                        s[e] += k * open_v[m * 64 + e];
+                    z += k;
+                }
+                log_sum *= 1.4426950408889634;
+            }
+        } else {
+            if (thread == 0) {
+                while (*reinterpret_cast<const volatile int *>(pieces_done) < w.piece)
+                    __nanosleep(20);
+                __threadfence();
+            }
+            sync();
+            const float4 *from = reinterpret_cast<const float4 *>(carry + row * 64 + column);
+            take(__ldcg(from), __ldcg(from + 1));
+            z = __ldcg(carry + 64 * 64 + row);
+            if (is_clerk)
+                log_sum = __ldcg(carry_log);
+        }
+        const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
+        const int closing = open_tile > 0 ? open_tile : -1;
+        auto close = [&] {
+            reinterpret_cast<float4 *>(state)[0] = make_float4(s[0], s[1], s[2], s[3]);
+            reinterpret_cast<float4 *>(state)[1] = make_float4(s[4], s[5], s[6], s[7]);
+            if (column == 0)
+                a.mass[at * 64 + row] = z;
+            if (is_clerk && thread == 0)
+                a.decay_end[at] += log_sum * 0.6931471805599453;
+        };
+        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
+            const int n = min(kWaveTiles, w.end_tile - wave);
+            if (thread == 0)
+                expect_bytes(inbox_full + 8 * stage, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
+            wait_phase(inbox_full + 8 * stage, parity);
+            const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
+            const TileSlice *slices = shared.inbox_slices[stage];
+            const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
+                           out_mass = shared_address(&shared.mass[0][stage][row]),
+                           full = shared_address(&shared.state_full[0][stage]);
+#pragma unroll 1
+            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                const uint32_t to_state = in_block(out_state, to_block), to_mass = in_block(out_mass, to_block),
+                               to_full = in_block(full, to_block);
+                uint4 own[kWorkers];
+                float own_z[kWorkers], decay[kWorkers], log_decay[kWorkers];
+#pragma unroll
+                for (int u = 0; u < kWorkers; u++) {
+                    const int t = to_block * kWorkers + u;
+                    own[u] = load_shared16(inbox + t * 8 * kPanelRowBytes);
+                    own_z[u] = slices[t].z[local];
+                    decay[u] = slices[t].decay;
+                    log_decay[u] = slices[t].log_decay;
+                }
+#pragma unroll
+                for (int u = 0; u < kWorkers; u++) {
+                    const int t = to_block * kWorkers + u;
+                    const uint32_t barrier = to_full + u * (uint32_t)sizeof(shared.state_full[0]);
+                    if (column == 0)
+                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), __float_as_uint(z), barrier);
+                    if (t < n) {
+                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
+                             pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
+                        if (wave + t == closing)
+                            close();
+                        s[0] = decay[u] * s[0] + low_of(own[u].x);
+                        s[1] = decay[u] * s[1] + high_of(own[u].x);
+                        s[2] = decay[u] * s[2] + low_of(own[u].y);
+                        s[3] = decay[u] * s[3] + high_of(own[u].y);
+                        s[4] = decay[u] * s[4] + low_of(own[u].z);
+                        s[5] = decay[u] * s[5] + high_of(own[u].z);
+                        s[6] = decay[u] * s[6] + low_of(own[u].w);
+                        s[7] = decay[u] * s[7] + high_of(own[u].w);
+                        z = decay[u] * z + own_z[u];
+                        if (is_clerk)
+                            log_sum += log_decay[u];
+                    }
+                }
+            }
+        }
+        if (w.end_tile * (int64_t)64 >= w.end) {
+            if (open_tile == w.end_tile)
+                close();
+        } else {
+            float4 *to = reinterpret_cast<float4 *>(carry + row * 64 + column);
+            __stcg(to, make_float4(s[0], s[1], s[2], s[3]));
+            __stcg(to + 1, make_float4(s[4], s[5], s[6], s[7]));
+            if (column == 0)
+                __stcg(carry + 64 * 64 + row, z);
+            if (is_clerk && thread == 0)
+                __stcg(carry_log, log_sum);
+            __threadfence();
+            sync();
+            if (thread == 0)
+                *reinterpret_cast<volatile int *>(pieces_done) = w.piece + 1;
+        }
+    }
+}
+
+// Launched in clusters of kClusterBlocks blocks.
+__global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(const __grid_constant__ DenseArgs a) {
+#if TS_HAS_WGMMA
+    extern __shared__ __align__(1024) unsigned char bytes[];
+    ClusterShared &shared = *reinterpret_cast<ClusterShared *>(bytes);
+    const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks,
+              n_clusters = gridDim.x / kClusterBlocks;
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        auto begin = [](const uint64_t &barrier) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+        };
+        begin(shared.inbox_full[0]);
+        begin(shared.inbox_full[1]);
+        for (int i = 0; i < kWorkers; i++) {
+            begin(shared.state_full[i][0]);
+            begin(shared.state_full[i][1]);
+            begin(shared.gates_full[i][0]);
+            begin(shared.gates_full[i][1]);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+    if (group < kWorkers) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
+        run_worker(a, shared, group, block);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+        if (warp < 2)
+            run_recurrence(a, shared, block, cluster, n_clusters);
+        else if (warp == 2)
+            run_planner(a, shared, block, cluster, n_clusters);
+    }
+    cluster_sync();
+#endif
+}
+
+} // namespace ts
+#endif

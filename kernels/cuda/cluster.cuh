@@ -1,0 +1,60 @@
+// How the blocks of a cluster hand bytes to each other (sm_90): into the other's shared memory, counted by the mbarrier
+// there.
+//
+// A receiver announces with expect_bytes how many bytes a phase brings; the phase ends when that many have come. Bytes
+// may come before they are announced, but nobody may run two phases ahead of somebody who waits.
+#ifndef TS_CUDA_CLUSTER_CUH
+#define TS_CUDA_CLUSTER_CUH
+
+#include <stdint.h>
+
+namespace ts {
+
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
+    uint32_t r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(block));
+    return r;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+
+// Lanes may see the phase end at different times; the warp goes on as one.
+__device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
+    uint32_t done;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+    __syncwarp();
+}
+
+__device__ __forceinline__ void send_bulk(uint32_t to, uint32_t from, uint32_t n, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "r"(from), "r"(n), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+        "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(x),
+                 "r"(barrier)
+                 : "memory");
+}
+
+} // namespace ts
+#endif
