@@ -141,7 +141,10 @@ static ts_status measure(bench *b, json_t **out) {
                blas = {values + 3 * n, 0};
     for (int64_t i = -1; i < options->repeat; i++) { // the first is a warm-up; the four take turns
         double seconds[4];
-        TS_TRY(ts_cpu_sgemm_rate(b->launch->device, 2048, &seconds[3]));
+        // The yardstick of arithmetic on a CPU; a GPU has none here.
+        seconds[3] = 0;
+        if (strcmp(b->launch->device->backend->name, "cpu") == 0)
+            TS_TRY(ts_cpu_sgemm_rate(b->launch->device, 2048, &seconds[3]));
         TS_TRY(prefill(b, options->tokens, &seconds[0]));
         TS_TRY(decode(b, 1, &seconds[1]));
         TS_TRY(decode(b, (int32_t)options->batch, &seconds[2]));
@@ -159,7 +162,7 @@ static ts_status measure(bench *b, json_t **out) {
                      (json_int_t)options->tokens, "prefill_seconds", p, "prefill_seconds_least", prefills.values[0],
                      "prefill_seconds_most", prefills.values[prefills.n - 1], "prefill_tokens_per_second",
                      (double)options->tokens / p, "prefill_gflops_per_rank", flops * 1e-9, "sgemm_gflops", rate * 1e-9,
-                     "prefill_share_of_sgemm", flops / rate, "batch", (json_int_t)options->batch,
+                     "prefill_share_of_sgemm", rate > 0 ? flops / rate : 0.0, "batch", (json_int_t)options->batch,
                      "decode_tokens_per_second_alone", steps / a, "decode_tokens_per_second_together",
                      steps * (double)options->batch / t, "decode_gain", (double)options->batch * a / t, "repeats",
                      (json_int_t)options->repeat, "ranks", ts_group_size(b->launch->world));
@@ -174,8 +177,10 @@ static void print_table(const json_t *o) {
     printf("prefill of %.0f tokens   %.3f s (%.3f to %.3f), %.0f tokens/s\n", REAL("prefill_tokens"),
            REAL("prefill_seconds"), REAL("prefill_seconds_least"), REAL("prefill_seconds_most"),
            REAL("prefill_tokens_per_second"));
-    printf("arithmetic per rank       %.1f GFLOP/s; one large sgemm %.1f: %.0f %%\n", REAL("prefill_gflops_per_rank"),
-           REAL("sgemm_gflops"), 100 * REAL("prefill_share_of_sgemm"));
+    printf("arithmetic per rank       %.1f GFLOP/s", REAL("prefill_gflops_per_rank"));
+    if (REAL("sgemm_gflops") > 0)
+        printf("; one large sgemm %.1f: %.0f %%", REAL("sgemm_gflops"), 100 * REAL("prefill_share_of_sgemm"));
+    printf("\n");
     printf("decode of 1 sequence      %.0f tokens/s\n", REAL("decode_tokens_per_second_alone"));
     printf("decode of %.0f sequences    %.0f tokens/s: %.1f times\n", REAL("batch"),
            REAL("decode_tokens_per_second_together"), REAL("decode_gain"));

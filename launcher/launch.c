@@ -1,6 +1,7 @@
 #include "launcher/launch.h"
 
 #include "kernels/cpu/cpu.h"
+#include "launcher/devices.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -45,12 +46,14 @@ static ts_status parse_shared(int option, const char *value, ts_launch_options *
         out->model = value;
         break;
     case TS_OPTION_DEVICE:
-        TS_CHECK(strcmp(value, "cpu") == 0, TS_ERR_UNSUPPORTED, "--device is \"%s\"; this build has: cpu", value);
+        TS_CHECK(strcmp(value, "cpu") == 0 || strcmp(value, "cuda") == 0 || strcmp(value, "auto") == 0, TS_ERR_INVALID,
+                 "--device is \"%s\"; cpu, cuda or auto are allowed, and this build has: %s", value,
+                 ts_devices_names());
         out->device = value;
         break;
     case TS_OPTION_DTYPE:
-        TS_CHECK(strcmp(value, "f32") == 0, TS_ERR_UNSUPPORTED, "--dtype is \"%s\"; device cpu computes in: f32",
-                 value);
+        TS_CHECK(strcmp(value, "f32") == 0 || strcmp(value, "bf16") == 0, TS_ERR_INVALID,
+                 "--dtype is \"%s\"; f32 or, on cuda, bf16 are allowed", value);
         out->dtype = value;
         break;
     case TS_OPTION_TP:
@@ -93,7 +96,7 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
                           ts_launch_options *out, ts_status (*own)(void *context, int option, const char *value),
                           void *context) {
     ts_status status = TS_OK;
-    *out = (ts_launch_options){.device = "cpu", .dtype = "f32", .prefill_chunk = 1024};
+    *out = (ts_launch_options){.device = "auto", .prefill_chunk = 1024};
     opterr = 0;
     optind = 1;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
@@ -147,6 +150,28 @@ static int default_tp(const ts_config *config, int n_ranks, int dp) {
     return tp;
 }
 
+// One rank's device: with auto a GPU where one is visible, ranks of a node taking them in turn.
+static ts_status create_device(ts_launch *launch, const ts_launch_options *options, int tp) {
+    ts_status status = TS_OK;
+    const bool wants_cuda = strcmp(options->device, "cuda") == 0;
+    const bool wants_bf16 = options->dtype && strcmp(options->dtype, "bf16") == 0;
+    const int n_gpus = strcmp(options->device, "cpu") == 0 ? 0 : ts_devices_cuda_count();
+    // Sums over ranks go through host memory.
+    TS_CHECK(!wants_cuda || tp == 1, TS_ERR_UNSUPPORTED,
+             "--device cuda with tp %d: a model is not sharded over GPUs yet; --tp 1 with --dp, or --device cpu", tp);
+    if (wants_cuda || (n_gpus > 0 && tp == 1)) {
+        const int ordinal = n_gpus > 0 ? ts_world_local_rank(launch->world) % n_gpus : 0;
+        const bool wants_f32 = options->dtype && !wants_bf16;
+        TS_TRY(ts_devices_create_cuda(ordinal, wants_f32 ? TS_F32 : TS_BF16, &launch->device));
+        goto done;
+    }
+    TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");
+    TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),
+                                &launch->device));
+done:
+    return status;
+}
+
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
     launch->agreed = !options->model || (!allow_dp && options->dp > 1);
@@ -156,7 +181,6 @@ ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, b
              "--dp is %d; only tessera run has replicas, all ranks of the other commands share one model", options->dp);
     ts_config config;
     const int n_ranks = ts_group_size(launch->world);
-    const int n_threads = options->n_threads > 0 ? options->n_threads : default_threads(launch->world);
     ts_grid_shape shape = {allow_dp ? options->dp : 1, 1, options->tp};
     TS_TRY(ts_launch_agree(launch, ts_config_load(options->model, &config)));
     if (shape.tp == 0)
@@ -170,7 +194,7 @@ ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, b
     };
     TS_TRY(ts_launch_agree(launch, ts_grid_check(shape, n_ranks, limits)));
     TS_TRY(ts_grid_create(launch->world, shape, &launch->grid));
-    TS_TRY(ts_launch_agree(launch, ts_cpu_device_create(n_threads, &launch->device)));
+    TS_TRY(ts_launch_agree(launch, create_device(launch, options, shape.tp)));
     TS_TRY(ts_launch_agree(launch,
                            ts_model_load(launch->device, ts_grid_tp(launch->grid), options->model, &launch->model)));
 done:

@@ -11,8 +11,8 @@
 // Options that several subcommands share.
 typedef struct ts_launch_options {
     const char *model;  // directory
-    const char *device; // "cpu"
-    const char *dtype;  // "f32"
+    const char *device; // "cpu", "cuda" or "auto": cuda where a GPU is visible
+    const char *dtype;  // "f32", "bf16" or NULL: what suits the device
     int tp, dp;         // 0: what the number of ranks leaves
     int n_threads;      // 0: this rank's share of the processors
     int64_t prefill_chunk;
@@ -53,8 +53,8 @@ enum {
     "  --tp N               ranks that share a model: heads, mlp, vocabulary (default: as many as can)\n"              \
     "  --threads N          threads of each rank (default: its share of the processors)\n"                             \
     "  --prefill-chunk N    prompt tokens read in one step (default 1024)\n"                                           \
-    "  --device cpu         where to compute (this build has: cpu)\n"                                                  \
-    "  --dtype f32          arithmetic (cpu: f32)\n"
+    "  --device NAME        cpu, cuda, or auto: cuda where a GPU is visible (default auto)\n"                          \
+    "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"
 
 // A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
 ts_status ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,

@@ -1,0 +1,16 @@
+// The devices that this build can compute on. CMake chooses devices_cuda.c or devices_cpu.c beside this.
+#ifndef TS_DEVICES_H
+#define TS_DEVICES_H
+
+#include "kernels/device.h"
+
+// "cpu", or "cpu, cuda": for messages.
+const char *ts_devices_names(void);
+
+// GPUs that are visible; 0 in a build without CUDA.
+int ts_devices_cuda_count(void);
+
+// The GPU numbered `ordinal`, computing in compute_dtype (BF16 or F32). TS_ERR_UNSUPPORTED in a build without CUDA.
+ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, ts_device **out);
+
+#endif
