@@ -5,7 +5,7 @@
 
 static int failures(int (*run)(ts_device *device)) {
     ts_device *device = NULL;
-    cr_assert_eq(ts_cpu_device_create(2, &device), TS_OK);
+    cr_assert_eq(ts_cpu_device_create(1, &device), TS_OK);
     const int n_failed = run(device);
     ts_device_free(device);
     return n_failed;
