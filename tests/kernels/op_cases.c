@@ -82,21 +82,40 @@ float *case_values(uint64_t seed, int64_t n, double centre, double spread, ts_dt
     return values;
 }
 
-ts_status case_upload(ts_device *device, const float *values, int64_t rows, int64_t cols, int64_t stride,
-                      ts_dtype dtype, ts_tensor *out) {
-    ts_status status = TS_OK;
+// The values in dtype on the host, rows `stride` elements apart; all bytes 0xff where values is NULL.
+static char *encode(const float *values, int64_t rows, int64_t cols, int64_t stride, ts_dtype dtype) {
     const size_t element = ts_dtype_bytes(dtype), n_bytes = (size_t)(rows * stride) * element;
     char *host = malloc(n_bytes + 1);
-    *out = ts_tensor_of(NULL, dtype, rows, cols);
-    out->stride = stride;
     memset(host, 0xff, n_bytes);
     for (int64_t i = 0; values && i < rows * cols; i++) {
         char *at = host + (size_t)(i / cols * stride + i % cols) * element;
         const uint16_t half = dtype == TS_BF16 ? to_bf16(values[i]) : to_f16(values[i]);
         memcpy(at, dtype == TS_F32 ? (const void *)&values[i] : (const void *)&half, element);
     }
+    return host;
+}
+
+ts_status case_upload(ts_device *device, const float *values, int64_t rows, int64_t cols, int64_t stride,
+                      ts_dtype dtype, ts_tensor *out) {
+    ts_status status = TS_OK;
+    const size_t n_bytes = (size_t)(rows * stride) * ts_dtype_bytes(dtype);
+    char *host = encode(values, rows, cols, stride, dtype);
+    *out = ts_tensor_of(NULL, dtype, rows, cols);
+    out->stride = stride;
     TS_TRY(ts_device_alloc(device, n_bytes, "case", &out->data));
     TS_TRY(ts_device_upload(device, out->data, host, n_bytes));
+done:
+    free(host);
+    return status;
+}
+
+ts_status case_upload_weight(ts_device *device, const float *values, int64_t rows, int64_t cols, ts_dtype dtype,
+                             ts_tensor *out) {
+    ts_status status = TS_OK;
+    char *host = encode(values, rows, cols, cols, dtype);
+    *out = ts_tensor_of(NULL, dtype, rows, cols);
+    TS_TRY(ts_device_alloc(device, ts_device_weight_bytes(device, rows, cols, dtype), "case", &out->data));
+    TS_TRY(ts_device_upload_weight(device, out->data, host, rows, cols, dtype));
 done:
     free(host);
     return status;
@@ -160,7 +179,7 @@ static void embed_cases(ts_device *device, ts_dtype activation, case_group *grou
             for (int64_t e = 0; e < D && row >= 0 && row < V; e++)
                 expected[m * D + e] = (double)table[row * D + e];
         }
-        ts_status status = case_upload(device, table, V, D, D, dtype, &w);
+        ts_status status = case_upload_weight(device, table, V, D, dtype, &w);
         status = status ? status : case_upload(device, NULL, M, D, D + 3, out, &x);
         status = status ? status : ts_device_alloc(device, (size_t)M * sizeof *tokens, "case", &device_tokens);
         status = status ? status : ts_device_upload(device, device_tokens, tokens, (size_t)M * sizeof *tokens);
@@ -253,7 +272,7 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
         }
     ts_tensor tx, tw, tb = {0};
     ts_status status = case_upload(device, x, most, K, K, activation, &tx);
-    status = status ? status : case_upload(device, w, N, K, K, c->w, &tw);
+    status = status ? status : case_upload_weight(device, w, N, K, c->w, &tw);
     status = status ? status : case_upload(device, b, 1, N, N, TS_F32, &tb);
     for (int i = N_ROW_COUNTS - 1; i >= 0 && status == TS_OK; i--) {
         const int64_t M = row_counts[i];

@@ -45,6 +45,9 @@ float *case_values(uint64_t seed, int64_t n, double centre, double spread, ts_dt
 // dtype.
 ts_status case_upload(ts_device *device, const float *values, int64_t rows, int64_t cols, int64_t stride,
                       ts_dtype dtype, ts_tensor *out);
+// A weight matrix in the device's own layout.
+ts_status case_upload_weight(ts_device *device, const float *values, int64_t rows, int64_t cols, ts_dtype dtype,
+                             ts_tensor *out);
 // Its values as f32, rows without gaps; free them.
 float *case_download(ts_device *device, const ts_tensor *tensor);
 // The largest relative error of a row.
