@@ -35,7 +35,8 @@ static bool shape_covers(ts_grid_shape shape, int n_ranks) {
 }
 
 static bool tp_fits(int tp, ts_grid_limits limits) {
-    return limits.n_kv_heads % tp == 0 && limits.intermediate_size % tp == 0;
+    return limits.n_kv_heads % tp == 0 && limits.intermediate_size % tp == 0 &&
+           (limits.vocab_size == 0 || tp <= limits.vocab_size);
 }
 
 static bool cp_fits(int cp, ts_grid_limits limits) {
@@ -50,7 +51,8 @@ static void list_grids(int n_ranks, ts_grid_limits limits, char *text, size_t ca
         if (n_ranks % cp != 0 || !cp_fits(cp, limits))
             continue;
         for (int tp = 1; tp <= n_ranks / cp; tp++) {
-            if (n_ranks / cp % tp != 0 || !tp_fits(tp, limits))
+            if (n_ranks / cp % tp != 0 || !tp_fits(tp, limits) ||
+                (limits.max_dp != 0 && n_ranks / cp / tp > limits.max_dp))
                 continue;
             if (capacity - length < 48) {
                 snprintf(text + length, capacity - length, ", ...");
@@ -72,6 +74,10 @@ ts_status ts_grid_check(ts_grid_shape shape, int n_ranks, ts_grid_limits limits)
         snprintf(rule, sizeof rule, "tp must divide the %d KV heads", limits.n_kv_heads);
     else if (limits.intermediate_size % shape.tp != 0)
         snprintf(rule, sizeof rule, "tp must divide intermediate_size %d", limits.intermediate_size);
+    else if (limits.vocab_size != 0 && shape.tp > limits.vocab_size)
+        snprintf(rule, sizeof rule, "tp can be at most the %d tokens of the vocabulary", limits.vocab_size);
+    else if (limits.max_dp != 0 && shape.dp > limits.max_dp)
+        snprintf(rule, sizeof rule, "dp can be at most %d", limits.max_dp);
     else if (limits.max_cp != 0 && shape.cp > limits.max_cp)
         snprintf(rule, sizeof rule, "cp can be at most %d", limits.max_cp);
     else if (limits.cache_lanes % shape.cp != 0)
@@ -79,6 +85,8 @@ ts_status ts_grid_check(ts_grid_shape shape, int n_ranks, ts_grid_limits limits)
     else
         return TS_OK;
     list_grids(n_ranks, limits, fitting, sizeof fitting);
+    if (!fitting[0])
+        snprintf(fitting, sizeof fitting, "none: take another number of ranks");
     return TS_FAIL(TS_ERR_INVALID, "grid: dp x cp x tp = %d x %d x %d: %s; the grids of %d ranks that fit are %s",
                    shape.dp, shape.cp, shape.tp, rule, n_ranks, fitting);
 }

@@ -31,6 +31,8 @@ typedef struct ts_grid_place {
 // What the model and the program allow.
 typedef struct ts_grid_limits {
     int n_kv_heads, intermediate_size; // of the model; tp divides both
+    int vocab_size;                    // of the model; tp is at most this. 0: any
+    int max_dp;                        // the largest dp the program offers. 0: any
     int cache_lanes;                   // of a tile-sparse model; cp divides it. 0: dense, any cp
     int max_cp;                        // the largest cp the program offers. 0: any
 } ts_grid_limits;

@@ -1,10 +1,10 @@
 // A device: where tensors live and ops run. One process drives one device.
 //
-//     ts_device *device;
-//     TS_TRY(ts_cpu_device_create(n_threads, &device));            // kernels/cpu/cpu.h, or the constructor of another
-//     backend TS_TRY(ts_device_alloc(device, n_bytes, "weights", &data)); TS_TRY(ts_op_linear(device, &args)); //
-//     kernels/ops.h; enqueued, in order TS_TRY(ts_device_download(device, host, data, n_bytes));     // waits for what
-//     was enqueued before it ts_device_free(device);
+//     TS_TRY(ts_cpu_device_create(n_threads, &device)); // or another backend's constructor
+//     TS_TRY(ts_device_alloc(device, n_bytes, "weights", &data));
+//     TS_TRY(ts_op_linear(device, &args)); // enqueued, in order
+//     TS_TRY(ts_device_download(device, host, data, n_bytes)); // waits for what was enqueued before it
+//     ts_device_free(device);
 //
 // Work is ordered: each call acts as if it began when the one before it had ended. Only download and synchronize wait.
 // A backend is one ts_device_backend table for memory and one ts_ops table for arithmetic; shared code knows no other

@@ -44,8 +44,9 @@ static json_t *describe(const ts_config *config, int64_t n_parameters, int64_t n
     const size_t page_bytes = ts_tile_cache_page_bytes(&shape);
     json_object_set_new(object, "bytes_per_context_token", json_real((double)page_bytes / config->tile_size));
     if (rules->cache_tiles > 0) {
-        const int64_t most = ts_tile_cache_pages_for(&shape, INT64_MAX);
-        json_object_set_new(object, "context_bytes_at_most", json_integer((json_int_t)((size_t)most * page_bytes)));
+        size_t most;
+        if (ts_size_mul((size_t)ts_tile_cache_pages_for(&shape, INT64_MAX), page_bytes, &most) && most <= INT64_MAX)
+            json_object_set_new(object, "context_bytes_at_most", json_integer((json_int_t)most));
     }
     return object;
 }
@@ -71,14 +72,19 @@ static void print_table(const char *dir, const ts_config *config, const json_t *
            rules->recent_tiles, rules->sink_tiles);
     printf("cache              %lld bytes a sequence, and %.1f bytes a token of context while tiles are kept (f32)\n",
            INT("sequence_bytes"), json_real_value(json_object_get(o, "bytes_per_context_token")));
-    if (rules->cache_tiles > 0)
+    if (json_object_get(o, "context_bytes_at_most"))
         printf("                   at most %lld bytes of tiles, however long the context\n",
                INT("context_bytes_at_most"));
 #undef INT
 }
 
 ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
-    static const struct option table[] = {TS_LAUNCH_OPTIONS, {"json", no_argument, NULL, OPTION_JSON}, {0}};
+    static const struct option table[] = {
+        {"model", required_argument, NULL, TS_OPTION_MODEL},
+        {"json", no_argument, NULL, OPTION_JSON},
+        {"help", no_argument, NULL, TS_OPTION_HELP},
+        {0},
+    };
     ts_status status = TS_OK;
     ts_launch_options shared;
     ts_safetensors *files = NULL;

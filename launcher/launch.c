@@ -145,7 +145,8 @@ static int default_tp(const ts_config *config, int n_ranks, int dp) {
     if (dp > 0)
         return n_ranks % dp == 0 ? n_ranks / dp : n_ranks;
     int tp = n_ranks;
-    while (n_ranks % tp != 0 || config->n_kv_heads % tp != 0 || config->intermediate_size % tp != 0)
+    while (n_ranks % tp != 0 || config->n_kv_heads % tp != 0 || config->intermediate_size % tp != 0 ||
+           tp > config->vocab_size)
         tp--;
     return tp;
 }
@@ -191,6 +192,8 @@ ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, b
         .intermediate_size = config.intermediate_size,
         .cache_lanes = config.is_sparse ? config.sparsity.cache_lanes : 0,
         .max_cp = 1,
+        .vocab_size = config.vocab_size,
+        .max_dp = allow_dp ? 0 : 1,
     };
     TS_TRY(ts_launch_agree(launch, ts_grid_check(shape, n_ranks, limits)));
     TS_TRY(ts_grid_create(launch->world, shape, &launch->grid));

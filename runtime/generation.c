@@ -144,7 +144,7 @@ ts_status ts_generation_accept(ts_generation *generation, const ts_next_token *t
         generation->text_bytes += ts_utf8_stream_flush(&generation->stream, generation->text + generation->text_bytes);
     }
     generation->text_points += code_points(generation->text + shown, generation->text_bytes - shown);
-    if (generation->text_bytes > shown && cut_at_stop(generation, shown))
+    if (generation->text_bytes > shown && generation->n_tokens >= params->min_tokens && cut_at_stop(generation, shown))
         generation->ended = generation->stopped = true;
 done:
     return status;

@@ -5,6 +5,9 @@
 #include "runtime/result.h"
 
 #include <stdlib.h>
+#include <time.h>
+
+enum { LOOK_MS = 2 }; // between looks at the input and at the others
 
 // What rank 0 knows of a replica; its own is number 0.
 typedef struct replica_share {
@@ -170,7 +173,6 @@ done:
 static ts_status root_next(void *context, bool wait, ts_request **request, bool *end) {
     ts_status status = TS_OK;
     ts_job *job = context;
-    enum { LOOK_MS = 2 }; // between looks at the input and at the others
     *request = NULL;
     for (;;) {
         // Replicas get lines in turn: whoever has less goes first.
@@ -211,7 +213,6 @@ static ts_status root_finish(ts_job *job) {
     ts_status status = TS_OK;
     for (;;) {
         bool all_ended = true;
-        int from;
         TS_TRY(serve(job, INT64_MAX));
         for (int r = 1; r < ts_group_size(job->leaders); r++)
             all_ended = all_ended && job->shares[r].ended;
@@ -219,8 +220,8 @@ static ts_status root_finish(ts_job *job) {
             job->options.progress(job->options.context, &job->progress);
         if (all_ended)
             break;
-        TS_TRY(ts_group_wait(job->leaders, &from, &job->message));
-        TS_TRY(take_report(job, from));
+        // Looks for messages in serve, and in between sleeps: progress goes on while others work.
+        nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
     }
     TS_TRY(ts_group_flush(job->leaders));
     TS_TRY(ts_job_writer_finish(job->writer));

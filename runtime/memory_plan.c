@@ -9,10 +9,12 @@ ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequ
         .pages_per_sequence = ts_tile_cache_pages_for(shape, INT64_MAX),
     };
     const size_t n = (size_t)max_sequences;
-    TS_CHECK(cache_bytes / n >= plan.sequence_bytes + plan.page_bytes, TS_ERR_MEMORY,
-             "the tile cache may take %zu bytes; %d sequences need more than %zu, so at most %zu sequences fit",
-             cache_bytes, max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
-             cache_bytes / (plan.sequence_bytes + plan.page_bytes));
+    TS_CHECK(
+        cache_bytes / n >= plan.sequence_bytes + plan.page_bytes, TS_ERR_MEMORY,
+        "the tile cache may take %zu bytes; %d sequences (--max-batch) need at least %zu: give more (--cache-memory) "
+        "or run at most %zu sequences",
+        cache_bytes, max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
+        cache_bytes / (plan.sequence_bytes + plan.page_bytes));
     if (shape->is_sparse) {
         plan.n_pages = (int64_t)((cache_bytes - n * plan.sequence_bytes) / plan.page_bytes);
         if (plan.n_pages / max_sequences >= plan.pages_per_sequence)

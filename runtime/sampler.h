@@ -8,7 +8,7 @@
 //
 //     ts_sampler_row_begin(&row, params, ...)             on every rank, when a sequence starts
 //     ts_sampler_row_prompt / ts_sampler_row_token        on every rank, for every token fed
-//     ts_sampler_choose(sampler, tp, logits, rows, n, choices)   collective; choices at the root
+//     ts_sampler_choose(sampler, logits, rows, ...)       collective; choices at the root
 //     ts_sampler_row_end(&row)
 #ifndef TS_SAMPLER_H
 #define TS_SAMPLER_H
@@ -61,7 +61,7 @@ typedef struct ts_sampler ts_sampler;
 ts_status ts_sampler_create(ts_group *tp, ts_sampler **out); // tp is borrowed until free
 void ts_sampler_free(ts_sampler *sampler);
 
-// logits: [n, V] f32 in host memory, overwritten. rows[i] is the sequence of logits row i; several rows may read the
+// logits: [n, V] f32 in host memory. rows[i] is the sequence of logits row i; several rows may read the
 // same logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices
 // [n] are set at rank 0 of the group. Collective. Logits may be -infinity; TS_ERR_INTERNAL, on all ranks, where one is
 // NaN or +infinity, or where no token of a row is left.

@@ -7,9 +7,10 @@
 //     ... ts_model_forward ...                            // ops read and advance it
 //     ts_tile_cache_close(cache, 3);                      // gives the pages back
 //
-// A page is one tile slot in every layer and KV head. All memory is taken once, at create; a sequence borrows the most
-// pages it can ever hold when it opens, so that running out is a decision of the scheduler before it starts, never a
-// failure in the middle. A dense model needs no page: its sequences are constant in size.
+// A page is one tile slot in every layer and KV head. The pool is taken once, at create (what rule 1 has to remember, 9
+// bytes a tile, when a sequence opens); a sequence borrows the most pages it can ever hold when it opens, so that
+// running out is a decision of the scheduler before it starts, never a failure in the middle. A dense model needs no
+// page: its sequences are constant in size.
 #ifndef TS_TILE_CACHE_H
 #define TS_TILE_CACHE_H
 

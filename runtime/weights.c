@@ -30,7 +30,7 @@ static ts_status find_part(loader *load, const char *prefix, const weight_part *
                                       : tensor->n_dims == 2 && tensor->shape[0] == part->all_rows &&
                                             tensor->shape[1] == part->all_cols;
     if (!fits) {
-        char got[128] = "";
+        char got[22 * TS_SAFETENSORS_MAX_DIMS] = "";
         for (int i = 0, n = 0; i < tensor->n_dims; i++)
             n += snprintf(got + n, sizeof got - (size_t)n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
         if (part->is_vector)
@@ -41,15 +41,7 @@ static ts_status find_part(loader *load, const char *prefix, const weight_part *
                              tensor->path, name, got, (long long)part->all_rows, (long long)part->all_cols);
         goto done;
     }
-    size_t low = 0, high = ts_safetensors_count(load->files);
-    while (high - low > 1) { // tensors are in the order of their names
-        const size_t middle = (low + high) / 2;
-        if (strcmp(ts_safetensors_at(load->files, middle)->name, name) <= 0)
-            low = middle;
-        else
-            high = middle;
-    }
-    load->used[low] = true;
+    load->used[tensor - ts_safetensors_at(load->files, 0)] = true; // one array, in the order of names
     *out = tensor;
 done:
     return status;

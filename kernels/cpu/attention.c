@@ -25,7 +25,7 @@ typedef struct workspace {
     piece *pieces;
     int64_t *span_begin; // [spans + 1] first piece of each span
     int64_t n_pieces, n_closed;
-    double *c;          // [rows, KV]
+    double *c;          // [KV, rows]
     float *query_sums;  // [pieces, KV, d]
     float *tile_states; // [closed, KV, d, d] S_t
     float *tile_masses; // [closed, KV, d] z_t

@@ -4,6 +4,7 @@
 #include "kernels/cpu/panels.h"
 
 #include <cblas.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -48,10 +49,32 @@ static ts_status cpu_synchronize(ts_device *device) {
     return TS_OK;
 }
 
+// The number that follows `key` in a file of the kernel; SIZE_MAX where there is none ("max" in a control group).
+static size_t read_number(const char *path, const char *key) {
+    char line[256];
+    unsigned long long number = 0;
+    bool found = false;
+    FILE *file = fopen(path, "r");
+    while (file && !found && fgets(line, sizeof line, file))
+        if (strncmp(line, key, strlen(key)) == 0)
+            found = sscanf(line + strlen(key), "%llu", &number) == 1;
+    if (file)
+        fclose(file);
+    return found ? (size_t)number : SIZE_MAX;
+}
+
+// What a program can take without swapping: page cache counts as free, and a control group's limit as all there is.
 static ts_status cpu_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    *free_bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * page;
+    const size_t available = read_number("/proc/meminfo", "MemAvailable:");
+    const size_t limit = read_number("/sys/fs/cgroup/memory.max", ""),
+                 used = read_number("/sys/fs/cgroup/memory.current", "");
     *total_bytes = (size_t)sysconf(_SC_PHYS_PAGES) * page;
+    *free_bytes = available < SIZE_MAX / 1024 ? available * 1024 : (size_t)sysconf(_SC_AVPHYS_PAGES) * page;
+    if (limit < *total_bytes && used <= limit) {
+        *total_bytes = limit;
+        *free_bytes = *free_bytes < limit - used ? *free_bytes : limit - used;
+    }
     return TS_OK;
 }
 
@@ -112,7 +135,8 @@ ts_status ts_cpu_device_create(int n_threads, ts_device **out) {
     device->base.packs_prefill = false;
     device->base.compute_dtype = TS_F32;
     device->n_threads = n_threads;
-    openblas_set_num_threads(n_threads);
+    // Each of our threads makes products of its own; OpenBLAS must not start more inside them.
+    openblas_set_num_threads(1);
     *out = &device->base;
 done:
     return status;
@@ -148,12 +172,14 @@ ts_status ts_cpu_sgemm_rate(ts_device *device, int n, double *flops_per_second) 
     for (size_t i = 0; i < 2 * count; i++)
         a[i] = (float)((i * 2654435761u >> 8) & 0xffff) / 65536.0f - 0.5f;
     double best = 0;
+    openblas_set_num_threads(ts_cpu_device_of(device)->n_threads);
     for (int repeat = 0; repeat < 6; repeat++) {
         const double start = seconds_now();
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, n, n, 1.0f, a, n, a + count, n, 0.0f, a + 2 * count, n);
         const double rate = 2.0 * n * n * n / (seconds_now() - start);
         best = rate > best ? rate : best;
     }
+    openblas_set_num_threads(1);
     *flops_per_second = best;
 done:
     free(a);
