@@ -1,8 +1,9 @@
 // Every op of the model: equation (numbers as in docs/model.md), shapes, limits. A backend is one table of them.
 //
 // Notation: M rows of a batch; D hidden size; H query heads, KV key/value heads, d head size, T tile size, all as owned
-// by this rank; V rows of the vocabulary on this rank. Activations are f32 on the CPU backend. Accumulation is at least
-// f32; decay sums (c, E) and importance are f64. Unless an op says so, inputs and outputs must not overlap.
+// by this rank; V rows of the vocabulary on this rank. Activations are of the device's compute_dtype: F32, or BF16
+// where the backend has it; the residual stream (rms_norm's x) and logits are F32. Accumulation is at least f32; decay
+// sums (c, E) and importance are f64. Unless an op says so, inputs and outputs must not overlap.
 //
 // ts_op_<name> checks the arguments (TS_ERR_INVALID), looks the op up in the device's table (TS_ERR_UNSUPPORTED when
 // the backend lacks it) and enqueues it. Nothing here allocates but scratch that a device grows to the largest batch
