@@ -259,9 +259,10 @@ static ts_status enqueue(ts_engine *engine, ts_request *request) {
         sequence *s = &job->samples[i];
         s->parent = job;
         ts_generation_begin(&s->generation, request, engine->tokenizer, config->eos_token_ids, config->n_eos, i);
+        s->generation.last_token = job->prompt[job->n_prompt - 1]; // read in a decode step where samples share the rest
         const ts_task task = {
             .owner = s,
-            .family = n > 1 ? job : NULL,
+            .family = n > 1 && job->n_prompt > 1 ? job : NULL,
             .n_prompt = job->n_prompt,
             .n_pages = ts_tile_cache_pages_for(&engine->shape, job->n_prompt + request->sampling.max_tokens),
         };
@@ -362,6 +363,8 @@ static void fill_admission(ts_engine *engine, size_t i, const ts_scheduled_admis
     out->sampling = &engine->samplings[i];
     out->is_fork = admission->from >= 0;
     out->from = admission->from;
+    out->n_prompt = s->parent->n_prompt;
+    out->n_positions = s->parent->n_prompt - 1;
     engine->admission_pointers[i] = out;
 }
 
@@ -399,14 +402,6 @@ static void make_step(ts_engine *engine, const ts_decision *decision) {
         engine->sample_rows[step->n_sample_rows] = span->row;
         engine->sample_spans[step->n_sample_rows] = (int32_t)i;
         engine->sampled[step->n_sample_rows++] = s;
-        for (int32_t a = 0; a < decision->n_admissions; a++) {
-            const ts_scheduled_admission *admission = &decision->admissions[a];
-            if (admission->from != span->row)
-                continue;
-            engine->sample_rows[step->n_sample_rows] = admission->row;
-            engine->sample_spans[step->n_sample_rows] = (int32_t)i;
-            engine->sampled[step->n_sample_rows++] = admission->owner;
-        }
     }
     step->n_sample_spans = step->n_sample_rows;
 }

@@ -11,8 +11,8 @@ ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequ
     const size_t n = (size_t)max_sequences;
     TS_CHECK(
         cache_bytes / n >= plan.sequence_bytes + plan.page_bytes, TS_ERR_MEMORY,
-        "the tile cache may take %zu bytes; %d sequences (--max-batch) need at least %zu: give more (--cache-memory) "
-        "or run at most %zu sequences",
+        "the tile cache may take %zu bytes; %d sequences (--max-batch) need at least %zu, at most %zu sequences fit: "
+        "give it more (--cache-memory) or run fewer together (--max-batch)",
         cache_bytes, max_sequences, n * (plan.sequence_bytes + plan.page_bytes),
         cache_bytes / (plan.sequence_bytes + plan.page_bytes));
     if (shape->is_sparse) {

@@ -13,6 +13,7 @@ struct ts_replica {
     ts_batch_buffer *buffer;
     ts_sampler *sampler;
     ts_sampler_row *rows; // [max_sequences]
+    int64_t *n_prompt;    // [max_sequences] tokens of each row's prompt
     // Of one step:
     const ts_sampler_row **sampled; // [max_sequences]
     int32_t *logit_row;             // [max_sequences]
@@ -37,11 +38,12 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     replica->options = *options;
     shape.slot_dtype = options->slot_dtype;
     replica->rows = calloc(n, sizeof *replica->rows);
+    replica->n_prompt = calloc(n, sizeof *replica->n_prompt);
     replica->sampled = calloc(n, sizeof *replica->sampled);
     replica->logit_row = calloc(n, sizeof *replica->logit_row);
     replica->last_rows = calloc(n, sizeof *replica->last_rows);
-    TS_CHECK(replica->rows && replica->sampled && replica->logit_row && replica->last_rows, TS_ERR_MEMORY,
-             "replica: out of memory");
+    TS_CHECK(replica->rows && replica->n_prompt && replica->sampled && replica->logit_row && replica->last_rows,
+             TS_ERR_MEMORY, "replica: out of memory");
     TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
     TS_TRY(ts_model_reserve(model, max_rows));
     TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
@@ -63,6 +65,7 @@ void ts_replica_free(ts_replica *replica) {
     ts_sampler_free(replica->sampler);
     ts_message_free(&replica->message);
     free(replica->rows);
+    free(replica->n_prompt);
     free(replica->sampled);
     free(replica->logit_row);
     free(replica->last_rows);
@@ -98,6 +101,7 @@ static ts_status admit(ts_replica *replica, const Ts__Job__Admission *admission)
     const ts_config *config = ts_model_config(replica->model);
     const ts_weights *weights = ts_model_weights(replica->model);
     const ts_sampling_params params = params_of(admission->sampling);
+    replica->n_prompt[admission->row] = admission->n_prompt;
     TS_TRY(ts_tile_cache_open(replica->cache, admission->row, admission->n_tokens));
     TS_TRY(ts_sampler_row_begin(&replica->rows[admission->row], &params, admission->request, admission->sample,
                                 weights->first_token, weights->head.rows, config->eos_token_ids, config->n_eos));
@@ -105,14 +109,10 @@ done:
     return status;
 }
 
-// The state that row `from` has now that its prompt has been read.
-static ts_status fork_row(ts_replica *replica, const Ts__Job__Step *step, const Ts__Job__Admission *admission) {
+// The state that row `from` has now that the shared part of the prompt has been read.
+static ts_status fork_row(ts_replica *replica, const Ts__Job__Admission *admission) {
     ts_status status = TS_OK;
-    int64_t n_positions = 0;
-    for (size_t i = 0; i < step->n_rows; i++)
-        if (step->rows[i] == admission->from)
-            n_positions = step->positions[i] + step->lengths[i];
-    TS_TRY(ts_tile_cache_fork(replica->cache, admission->from, admission->row, n_positions));
+    TS_TRY(ts_tile_cache_fork(replica->cache, admission->from, admission->row, admission->n_positions));
     ts_sampler_row_copy_prompt(&replica->rows[admission->row], &replica->rows[admission->from]);
 done:
     return status;
@@ -127,7 +127,7 @@ static ts_status forward(ts_replica *replica, const Ts__Job__Step *step) {
     for (size_t i = 0; i < step->n_rows; i++) {
         ts_sampler_row *row = &replica->rows[step->rows[i]];
         TS_TRY(ts_batch_buffer_add(replica->buffer, step->rows[i], step->positions[i], tokens, step->lengths[i]));
-        if (decode)
+        if (step->positions[i] >= replica->n_prompt[step->rows[i]])
             ts_sampler_row_token(row, tokens[0]);
         else
             ts_sampler_row_prompt(row, tokens, step->lengths[i]);
@@ -185,7 +185,7 @@ static ts_status carry_out(ts_replica *replica, const Ts__Job__Step *step, ts_ne
         TS_TRY(forward(replica, step));
     for (size_t i = 0; i < step->n_admissions; i++)
         if (step->admissions[i]->is_fork)
-            TS_TRY(fork_row(replica, step, step->admissions[i]));
+            TS_TRY(fork_row(replica, step->admissions[i]));
     TS_TRY(sample(replica, step, next));
 done:
     return status;

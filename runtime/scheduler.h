@@ -9,9 +9,12 @@
 //
 // The policy serves throughput: while a waiting sequence fits, its prompt is read first, chunk by chunk; then all
 // running sequences decode together. First come, first served: a sequence that needs more pages than are free waits,
-// and those behind it wait with it, so that none starves. The further samples of a prompt (n > 1) begin as copies of
-// the first one where rows and pages are free at the moment its prompt has been read, and read the prompt themselves
-// otherwise.
+// and those behind it wait with it, so that none starves.
+//
+// The samples of one prompt (n > 1) are a family. The first one reads the prompt but for its last token, and the others
+// begin as copies of that state; the last token each reads for itself, in a decode step. While others of the family
+// still wait for room, the first one holds the state and does not go on. Only where none of them fits beside it even
+// when nothing else runs does it go on, and they read the prompt themselves.
 #ifndef TS_SCHEDULER_H
 #define TS_SCHEDULER_H
 
@@ -29,7 +32,7 @@ typedef struct ts_scheduler_limits {
 
 typedef struct ts_task {
     void *owner;        // the engine's; handed back in decisions
-    const void *family; // tasks with the same non-NULL family share a prompt and stand one behind the other
+    const void *family; // of one family: tasks that share a prompt of 2 or more tokens, added in a row; or NULL
     int64_t n_prompt;   // tokens, at least 1
     int64_t n_pages;    // pages it borrows when admitted
 } ts_task;
@@ -45,7 +48,7 @@ typedef struct ts_scheduled_span {
 typedef struct ts_scheduled_admission {
     void *owner;
     int32_t row;
-    int32_t from; // >= 0: becomes a copy of row `from` after this step's forward pass and is sampled with it
+    int32_t from; // >= 0: after this step's forward, a copy of row `from`: the prompt but for its last token
 } ts_scheduled_admission;
 
 typedef struct ts_decision {
