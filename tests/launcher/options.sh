@@ -45,7 +45,8 @@ refused 1 '--cache-memory is "1T"; .*K, M or G' $run --cache-memory 1T
 refused 1 '--cache-memory is "9000000000000000000G"' $run --cache-memory 9000000000000000000G
 refused 1 'at most 0 sequences fit' $run --cache-memory 1K
 refused 1 'this build has: cpu' $run --device tpu
-refused 1 'device cpu computes in: f32' $run --dtype f64
+refused 1 'f32 or, on cuda, bf16 are allowed' $run --dtype f64
+refused 1 'device cpu computes in: f32' $run --device cpu --dtype bf16
 refused 1 'start a multiple of 2 ranks' $run --tp 2
 refused 1 'eval: --text FILE is missing' eval --model $model
 refused 1 'nofile: cannot open the text' eval --model $model --text nofile
