@@ -6,3 +6,5 @@ cd "$(dirname "$0")/.."
 preset=${PRESET:-release}
 launcher/build.sh "$preset" all
 ctest --preset "$preset" "$@"
+# Why tests were skipped, if any were.
+grep -hE '^SKIP' "build/$preset/Testing/Temporary/LastTest.log" || true

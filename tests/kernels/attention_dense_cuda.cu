@@ -1,8 +1,9 @@
 // Dense-form prefill attention on CUDA against a float64 evaluation of eqs. (1) to (9) on the CPU, and its times.
 //
-//     cuda_attention_dense_check [d]        correctness, of all head sizes or one: lengths, spans, groups of heads,
-//     strong decay, chained calls, packing cuda_attention_dense_check time [N]   median of 25 calls at B 1, H 16, for
-//     head sizes 64 and 128, rotating input sets
+//     test.kernels.attention_dense_cuda [d]
+//         correctness, of all head sizes or one: lengths, spans, groups of heads, strong decay, chained calls, packing
+//     test.kernels.attention_dense_cuda time [N [verify]]
+//         median of 25 calls at B 1, H 16, for head sizes 64 and 128, rotating input sets
 #include "kernels/cuda/attention_dense.h"
 
 #include <algorithm>
