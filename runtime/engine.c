@@ -26,8 +26,6 @@ typedef struct in_flight {
 } in_flight;
 
 struct ts_engine {
-    ts_device *device;
-    ts_group *tp;
     ts_model *model;
     const ts_tokenizer *tokenizer;
     ts_replica *replica;
@@ -55,8 +53,6 @@ ts_status ts_engine_create(ts_device *device, ts_group *tp, ts_model *model, con
         (size_t)(options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences);
     ts_engine *engine = calloc(1, sizeof *engine);
     TS_CHECK(engine, TS_ERR_MEMORY, "engine: out of memory");
-    engine->device = device;
-    engine->tp = tp;
     engine->model = model;
     engine->tokenizer = tokenizer;
     engine->replica = replica;

@@ -142,19 +142,17 @@ done:
 static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_next_token *next) {
     ts_status status = TS_OK;
     ts_tensor logits;
-    int64_t n_logit_rows = 0, end = 0;
+    const int64_t n_logit_rows = (int64_t)step->n_sample_rows;
+    int64_t end = 0;
     if (step->n_sample_rows == 0)
         goto done;
-    // One row of logits for each span that is sampled; samples of one prompt share it. Spans come in rising order.
+    // The logits after the last token of each span that is sampled. Spans come in rising order.
     size_t span = 0;
     for (size_t i = 0; i < step->n_sample_rows; i++) {
-        const size_t wanted = (size_t)step->sample_spans[i];
-        if (i == 0 || wanted != (size_t)step->sample_spans[i - 1]) {
-            for (; span <= wanted; span++)
-                end += step->lengths[span];
-            replica->last_rows[n_logit_rows++] = end - 1;
-        }
-        replica->logit_row[i] = (int32_t)(n_logit_rows - 1);
+        for (; span <= (size_t)step->sample_spans[i]; span++)
+            end += step->lengths[span];
+        replica->last_rows[i] = end - 1;
+        replica->logit_row[i] = (int32_t)i;
         replica->sampled[i] = &replica->rows[step->sample_rows[i]];
     }
     TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
