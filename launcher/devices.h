@@ -10,7 +10,8 @@ const char *ts_devices_names(void);
 // GPUs that are visible; 0 in a build without CUDA.
 int ts_devices_cuda_count(void);
 
-// The GPU numbered `ordinal`, computing in compute_dtype (BF16 or F32). TS_ERR_UNSUPPORTED in a build without CUDA.
-ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, ts_device **out);
+// The GPU numbered `ordinal`, computing in compute_dtype (BF16 or F32) with the kernels of `capability` (0: its own).
+// TS_ERR_UNSUPPORTED in a build without CUDA.
+ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, int capability, ts_device **out);
 
 #endif

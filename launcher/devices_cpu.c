@@ -9,8 +9,8 @@ int ts_devices_cuda_count(void) {
     return 0;
 }
 
-ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, ts_device **out) {
-    (void)ordinal, (void)compute_dtype, (void)out;
+ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, int capability, ts_device **out) {
+    (void)ordinal, (void)compute_dtype, (void)capability, (void)out;
     return TS_FAIL(TS_ERR_UNSUPPORTED,
                    "--device is \"cuda\"; this build has: cpu (TS_CUDA was off, or no nvcc was found)");
 }

@@ -10,6 +10,6 @@ int ts_devices_cuda_count(void) {
     return ts_cuda_device_count();
 }
 
-ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, ts_device **out) {
-    return ts_cuda_device_create(ordinal, compute_dtype, out);
+ts_status ts_devices_create_cuda(int ordinal, ts_dtype compute_dtype, int capability, ts_device **out) {
+    return ts_cuda_device_create(ordinal, compute_dtype, capability, out);
 }

@@ -56,6 +56,11 @@ static ts_status parse_shared(int option, const char *value, ts_launch_options *
                  "--dtype is \"%s\"; f32 or, on cuda, bf16 are allowed", value);
         out->dtype = value;
         break;
+    case TS_OPTION_CUDA_KERNELS:
+        TS_CHECK(strcmp(value, "own") == 0 || strcmp(value, "sm_80") == 0, TS_ERR_INVALID,
+                 "--cuda-kernels is \"%s\"; own or sm_80 are allowed", value);
+        out->cuda_capability = strcmp(value, "sm_80") == 0 ? 80 : 0;
+        break;
     case TS_OPTION_TP:
         TS_TRY(ts_launch_parse_number("tp", value, 1, 65536, false, &number));
         out->tp = (int)number;
@@ -163,7 +168,8 @@ static ts_status create_device(ts_launch *launch, const ts_launch_options *optio
     if (wants_cuda || (n_gpus > 0 && tp == 1)) {
         const int ordinal = n_gpus > 0 ? ts_world_local_rank(launch->world) % n_gpus : 0;
         const bool wants_f32 = options->dtype && !wants_bf16;
-        TS_TRY(ts_devices_create_cuda(ordinal, wants_f32 ? TS_F32 : TS_BF16, &launch->device));
+        TS_TRY(
+            ts_devices_create_cuda(ordinal, wants_f32 ? TS_F32 : TS_BF16, options->cuda_capability, &launch->device));
         goto done;
     }
     TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");

@@ -3,7 +3,7 @@
 // Prefill: (1) tiles: features, decay and the states of the tiles that complete, every piece by itself; (2) rules:
 // which tile is held when; (3) select: S^ for every tile that follows a completed one; (4) outputs; (5) store: the
 // cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
-// recurrence.
+// recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
 // Decode: one kernel appends and answers; where tokens complete their tiles, passes 1, 2, 3 and 5 close those.
 #include "kernels/cuda/attention.h"
@@ -72,7 +72,19 @@ done:
     return status;
 }
 
-static ts_status prefill(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
+// In one kernel where the form is dense and activations are BF16.
+static ts_status prefill_dense(ts_device *base, const ts_attention_args *args) {
+    ts_status status = TS_OK;
+    ts_cuda_device *device = ts_cuda_device_of(base);
+    const size_t n_bytes = ts_cuda_attention_dense_workspace(args, &device->dense_plan);
+    void *workspace;
+    TS_TRY(ts_cuda_device_scratch(base, n_bytes, &workspace));
+    TS_TRY(ts_cuda_attention_dense(args, &device->dense_plan, workspace, n_bytes, device->stream));
+done:
+    return status;
+}
+
+static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
     ts_status status = TS_OK;
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     TS_TRY(prepare(device, batch, false, a));
@@ -122,7 +134,12 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
              "cuda: attention: qkvg and y must have one dtype and rows that begin at multiples of 16 bytes");
     TS_CHECK(!a.cache.is_sparse || a.cache.slot_dtype == TS_F32 || a.cache.slot_dtype == TS_BF16, TS_ERR_UNSUPPORTED,
              "cuda: attention: tile states of %s; F32 and BF16 are stored", ts_dtype_name(a.cache.slot_dtype));
-    TS_TRY(args->batch->decode ? decode(device, args->batch, &a) : prefill(device, args->batch, &a));
+    if (args->batch->decode)
+        TS_TRY(decode(device, args->batch, &a));
+    else if (!a.cache.is_sparse && args->qkvg.dtype == TS_BF16)
+        TS_TRY(prefill_dense(device, args));
+    else
+        TS_TRY(prefill_tiles(device, args->batch, &a));
 done:
     return status;
 }

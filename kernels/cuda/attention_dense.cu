@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_rows(const DenseArgs a, int
     }
 }
 
-// --- the open tile ---
+// --- what a span leaves ---
 
 template <typename T> __device__ __forceinline__ float element(const T *p);
 template <> __device__ __forceinline__ float element(const float *p) {
@@ -118,10 +118,10 @@ __device__ __forceinline__ double log_sigmoid_exact(float x) {
     return fmin((double)x, 0.0) - log1p(exp(-fabs((double)x)));
 }
 
-// k^, v and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5). One block per (span, KV head).
+// What a span leaves: k^, v and c of the tokens of its last, incomplete tile, eqs. (3) to (5), and the tile pairs that
+// its complete tiles stand for, all selected. One block per (span, KV head).
 template <typename T>
-__global__ void store_open_tile(const T *qkvg, int64_t stride, const DenseArgs a, int head_dim,
-                                double decay_temperature) {
+__global__ void leave_span(const T *qkvg, int64_t stride, const DenseArgs a, int head_dim, double decay_temperature) {
     const ts_span span = a.spans[blockIdx.x];
     const int head = blockIdx.y, tile = a.tile_size;
     const int64_t at = (int64_t)span.sequence * a.n_kv_heads + head, end = span.position + span.n_tokens;
@@ -137,6 +137,12 @@ __global__ void store_open_tile(const T *qkvg, int64_t stride, const DenseArgs a
         const int64_t to = (at * tile + first) * head_dim + i;
         a.open_k[to] = gate * feature_map_exact(element(row + k_column + i % head_dim));
         a.open_v[to] = element(row + v_column + i % head_dim);
+    }
+    if (threadIdx.x == 32) {
+        const int64_t tiles = end / tile, before = span.position / tile; // the sum of before + 1 ... tiles
+        const int64_t pairs = (tiles * (tiles + 1) - before * (before + 1)) / 2;
+        a.pairs[2 * at] += pairs;
+        a.pairs[2 * at + 1] += pairs;
     }
     if (threadIdx.x == 0) {
         double c = first > 0 ? a.open_c[at * tile + first - 1] : 0.0;
@@ -436,6 +442,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.state = cache->state;
     a.mass = cache->mass;
     a.decay_end = cache->decay_end;
+    a.pairs = cache->pairs;
     if (args->y.dtype == TS_F32) {
         const float *qkvg = (const float *)args->qkvg.data;
         if (d == 64)
@@ -443,7 +450,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         else
             dense_recurrence<128><<<heads, 256, 0, on>>>(qkvg, (float *)args->y.data, a, args->decay_temperature);
         TS_TRY(launch_status("the f32 recurrence"));
-        store_open_tile<<<heads, 128, 0, on>>>(qkvg, a.stride, a, d, args->decay_temperature);
+        leave_span<<<heads, 128, 0, on>>>(qkvg, a.stride, a, d, args->decay_temperature);
     } else {
         const bool in_clusters = use_cluster(args, plan);
         const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
@@ -469,9 +476,9 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
                                    : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);
             TS_TRY(launch(a, l.lag, plan->n_multiprocessors, on));
         }
-        store_open_tile<<<heads, 128, 0, on>>>(a.qkvg, a.stride, a, d, args->decay_temperature);
+        leave_span<<<heads, 128, 0, on>>>(a.qkvg, a.stride, a, d, args->decay_temperature);
     }
-    TS_TRY(launch_status("the open tile's store"));
+    TS_TRY(launch_status("what the spans leave"));
 done:
     return status;
 }

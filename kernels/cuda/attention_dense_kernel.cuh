@@ -17,6 +17,7 @@ struct DenseArgs {
     float normalizer_eps;
     float *open_k, *open_v, *state, *mass;
     double *open_c, *decay_end;
+    int64_t *pairs;
     int *ticket;
     int *counters; // [rows, KV] each: states done, composed, outputs done
     PlanItem *items;

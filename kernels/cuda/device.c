@@ -163,7 +163,7 @@ const char *ts_cuda_device_name(const ts_device *device) {
     return ((const ts_cuda_device *)device)->name;
 }
 
-ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, ts_device **out) {
+ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, int capability, ts_device **out) {
     ts_status status = TS_OK;
     struct cudaDeviceProp properties;
     ts_cuda_device *device = NULL;
@@ -179,6 +179,8 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, ts_device *
              n_devices - 1);
     TS_CHECK(compute_dtype == TS_BF16 || compute_dtype == TS_F32, TS_ERR_INVALID,
              "cuda: activations of %s; BF16 and F32 are allowed", ts_dtype_name(compute_dtype));
+    TS_CHECK(capability == 0 || capability == 80, TS_ERR_INVALID,
+             "cuda: kernels of capability %d; 80, or 0 for the GPU's own, are allowed", capability);
     TS_CUDA_TRY(cudaGetDeviceProperties(&properties, ordinal));
     TS_CHECK(properties.major >= 8, TS_ERR_UNSUPPORTED,
              "cuda: GPU %d (%s) has compute capability %d.%d; 8.0 or newer is needed", ordinal, properties.name,
@@ -191,8 +193,9 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, ts_device *
     device->base.packs_prefill = true; // every op computes a row alike whatever rows stand beside it
     device->base.compute_dtype = compute_dtype;
     device->ordinal = ordinal;
-    device->n_multiprocessors = properties.multiProcessorCount;
-    device->capability = 10 * properties.major + properties.minor;
+    TS_TRY(ts_cuda_attention_dense_plan_create(&device->dense_plan));
+    if (capability != 0)
+        device->dense_plan.capability = capability;
     snprintf(device->name, sizeof device->name, "%s", properties.name);
     TS_CUDA_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
     TS_CUDA_TRY(cudaMallocHost((void **)&device->stages, (size_t)TS_CUDA_N_STAGES * TS_CUDA_STAGE_BYTES));

@@ -2,6 +2,7 @@
 #ifndef TS_CUDA_DEVICE_H
 #define TS_CUDA_DEVICE_H
 
+#include "kernels/cuda/attention_dense.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/ops.h"
 
@@ -19,7 +20,8 @@ typedef struct ts_cuda_linear_plan ts_cuda_linear_plan;
 
 typedef struct ts_cuda_device {
     ts_device base;
-    int ordinal, n_multiprocessors, capability; // capability: 10 * major + minor
+    int ordinal;
+    ts_cuda_attention_dense_plan dense_plan; // with the capability that kernels are chosen by
     char name[256];
     cudaStream_t stream;
     char *stages;                               // [N_STAGES, STAGE_BYTES] pinned
