@@ -127,3 +127,12 @@ ts_status ts_op_cross_entropy(ts_device *device, const ts_cross_entropy_args *ar
 done:
     return status;
 }
+
+ts_status ts_op_sample(ts_device *device, const ts_sample_args *args) {
+    ts_status status = TS_OK;
+    TS_NEED(args->logits.dtype == TS_F32 && args->logits.cols > 0 && args->logits.cols <= INT32_MAX, "sample",
+            "logits must be F32, of 1 to 2^31 - 1 tokens");
+    TS_DISPATCH(sample);
+done:
+    return status;
+}

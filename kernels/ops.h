@@ -157,6 +157,44 @@ typedef struct ts_cross_entropy_args {
     double *parts; // [M, 3] out: largest, sum, target
 } ts_cross_entropy_args;
 
+// A change to one logit of a row before its temperature, in the order of the kinds: repetition penalty for tokens seen,
+// presence and frequency penalty for those generated `times` > 0 times; bias; -infinity.
+typedef enum ts_sample_change_kind { TS_SAMPLE_PENALTY, TS_SAMPLE_BIAS, TS_SAMPLE_BAN } ts_sample_change_kind;
+typedef struct ts_sample_change {
+    int32_t token, kind; // a token has at most one of each kind
+    int32_t times;       // TS_SAMPLE_PENALTY
+    float bias;          // TS_SAMPLE_BIAS
+} ts_sample_change;
+
+typedef struct ts_sample_row {
+    float temperature, top_p, min_p; // 0: greedy; 1 and 0: off
+    int32_t top_k, n_logprobs;       // 0: off; -1: none
+    float presence_penalty, frequency_penalty, repetition_penalty;
+    double draw; // in [0, 1)
+    int32_t first_change, n_changes;
+} ts_sample_row;
+
+enum { TS_SAMPLE_TOP_MAX = 20 };
+typedef struct ts_sample_result {
+    int32_t token;    // -1: a logit is NaN or +infinity, or none is left
+    float logit;      // of the token, before changes, as all below
+    double log_total; // log of the sum of exp(logit); where log-probabilities are asked for
+    int32_t n_top;
+    int32_t top_tokens[TS_SAMPLE_TOP_MAX]; // the n_logprobs largest, the smaller token first on a tie
+    float top_logits[TS_SAMPLE_TOP_MAX];
+} ts_sample_result;
+
+// The next token of every row: changes, temperature, top_k, top_p over what top_k left, min_p, and the token that
+// `draw` falls on in falling order of logits (in order of tokens where nothing filters). What runtime/sampler.h
+// describes, for a vocabulary on one rank. Masses are summed to 2^-44 of the largest.
+typedef struct ts_sample_args {
+    ts_tensor logits;                // [M, V] F32, overwritten where rows have changes
+    const ts_sample_row *rows;       // [M] device, like all below
+    const ts_sample_change *changes; // of all rows
+    float *raw;                      // [as many] scratch
+    ts_sample_result *results;       // [M] out
+} ts_sample_args;
+
 struct ts_ops {
     const char *name; // for messages: "cpu (x86-64-v4)"
     ts_status (*embed)(ts_device *device, const ts_embed_args *args);
@@ -168,6 +206,7 @@ struct ts_ops {
     ts_status (*tile_prune)(ts_device *device, const ts_tile_prune_args *args);
     ts_status (*attention)(ts_device *device, const ts_attention_args *args);
     ts_status (*cross_entropy)(ts_device *device, const ts_cross_entropy_args *args);
+    ts_status (*sample)(ts_device *device, const ts_sample_args *args); // NULL: rows are sampled on the host
 };
 
 ts_status ts_op_embed(ts_device *device, const ts_embed_args *args);
@@ -179,6 +218,7 @@ ts_status ts_op_tile_importance(ts_device *device, const ts_tile_importance_args
 ts_status ts_op_tile_prune(ts_device *device, const ts_tile_prune_args *args);
 ts_status ts_op_attention(ts_device *device, const ts_attention_args *args);
 ts_status ts_op_cross_entropy(ts_device *device, const ts_cross_entropy_args *args);
+ts_status ts_op_sample(ts_device *device, const ts_sample_args *args);
 
 // Tiles that a span, or all spans of a batch, complete.
 static inline int64_t ts_span_tiles_completed(const ts_span *span, int32_t tile_size) {

@@ -1,6 +1,7 @@
 #include "runtime/replica.h"
 
 #include "runtime/batch.h"
+#include "runtime/device_sampler.h"
 
 #include <stdlib.h>
 
@@ -11,7 +12,8 @@ struct ts_replica {
     ts_replica_options options;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
-    ts_sampler *sampler;
+    ts_sampler *sampler; // of the host; one of the two is NULL
+    ts_device_sampler *device_sampler;
     ts_sampler_row *rows; // [max_sequences]
     int64_t *n_prompt;    // [max_sequences] tokens of each row's prompt
     // Of one step:
@@ -47,7 +49,10 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
     TS_TRY(ts_model_reserve(model, max_rows));
     TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
-    TS_TRY(ts_sampler_create(tp, &replica->sampler));
+    if (ts_device_sampler_is_possible(device, tp))
+        TS_TRY(ts_device_sampler_create(device, options->max_sequences, &replica->device_sampler));
+    else
+        TS_TRY(ts_sampler_create(tp, &replica->sampler));
     *out = replica;
     replica = NULL;
 done:
@@ -63,6 +68,7 @@ void ts_replica_free(ts_replica *replica) {
     ts_tile_cache_free(replica->cache);
     ts_batch_buffer_free(replica->buffer);
     ts_sampler_free(replica->sampler);
+    ts_device_sampler_free(replica->device_sampler);
     ts_message_free(&replica->message);
     free(replica->rows);
     free(replica->n_prompt);
@@ -156,6 +162,11 @@ static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_next_
         replica->sampled[i] = &replica->rows[step->sample_rows[i]];
     }
     TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
+    if (replica->device_sampler) {
+        TS_TRY(ts_device_sampler_choose(replica->device_sampler, logits, replica->sampled, (int32_t)step->n_sample_rows,
+                                        next));
+        goto done;
+    }
     const size_t n = (size_t)(logits.rows * logits.cols);
     if (n > replica->n_logits) {
         float *grown = realloc(replica->logits, n * sizeof *grown);

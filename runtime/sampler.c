@@ -61,10 +61,12 @@ ts_status ts_sampler_row_begin(ts_sampler_row *row, const ts_sampling_params *pa
     row->params.biases = malloc(n_biases * sizeof(float) + 1);
     if (penalised)
         row->n_times = calloc((size_t)n_tokens + 1, sizeof *row->n_times);
+    if (penalised)
+        row->seen = malloc(((size_t)n_tokens + 1) * sizeof *row->seen);
     if (params->repetition_penalty != 1)
         row->in_prompt = calloc((size_t)n_tokens + 1, 1);
-    TS_CHECK(row->params.stop_ids && row->params.bias_ids && row->params.biases && (row->n_times || !penalised) &&
-                 (row->in_prompt || params->repetition_penalty == 1),
+    TS_CHECK(row->params.stop_ids && row->params.bias_ids && row->params.biases &&
+                 ((row->n_times && row->seen) || !penalised) && (row->in_prompt || params->repetition_penalty == 1),
              TS_ERR_MEMORY, "sampler: out of memory");
     if (n_stops)
         memcpy(row->params.stop_ids, params->stop_ids, n_stops * sizeof(int32_t));
@@ -83,6 +85,7 @@ void ts_sampler_row_end(ts_sampler_row *row) {
     free(row->params.bias_ids);
     free(row->params.biases);
     free(row->n_times);
+    free(row->seen);
     free(row->in_prompt);
     *row = (ts_sampler_row){0};
 }
@@ -91,21 +94,33 @@ static bool in_shard(const ts_sampler_row *row, int32_t token) {
     return token >= row->first_token && token < row->first_token + row->n_tokens;
 }
 
+static void see(ts_sampler_row *row, int64_t i) {
+    if (row->n_times[i] == 0 && !(row->in_prompt && row->in_prompt[i]))
+        row->seen[row->n_seen++] = (int32_t)i;
+}
+
 void ts_sampler_row_prompt(ts_sampler_row *row, const int32_t *tokens, int64_t n) {
     for (int64_t i = 0; row->in_prompt && i < n; i++)
-        if (in_shard(row, tokens[i]))
+        if (in_shard(row, tokens[i])) {
+            see(row, tokens[i] - row->first_token);
             row->in_prompt[tokens[i] - row->first_token] = 1;
+        }
 }
 
 void ts_sampler_row_token(ts_sampler_row *row, int32_t token) {
     row->n_generated++;
-    if (row->n_times && in_shard(row, token))
+    if (row->n_times && in_shard(row, token)) {
+        see(row, token - row->first_token);
         row->n_times[token - row->first_token]++;
+    }
 }
 
 void ts_sampler_row_copy_prompt(ts_sampler_row *row, const ts_sampler_row *from) {
-    if (row->in_prompt && from->in_prompt)
-        memcpy(row->in_prompt, from->in_prompt, (size_t)row->n_tokens);
+    for (int64_t i = 0; row->in_prompt && from->in_prompt && i < row->n_tokens; i++)
+        if (from->in_prompt[i]) {
+            see(row, i);
+            row->in_prompt[i] = 1;
+        }
 }
 
 ts_status ts_sampler_create(ts_group *tp, ts_sampler **out) {

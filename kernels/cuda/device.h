@@ -64,6 +64,7 @@ ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_ar
 ts_status ts_cuda_tile_prune(ts_device *device, const ts_tile_prune_args *args);
 ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *args);
 ts_status ts_cuda_cross_entropy(ts_device *device, const ts_cross_entropy_args *args);
+ts_status ts_cuda_sample(ts_device *device, const ts_sample_args *args);
 
 #ifdef __cplusplus
 }

@@ -11,4 +11,5 @@ const ts_ops ts_cuda_ops = {
     .tile_prune = ts_cuda_tile_prune,
     .attention = ts_cuda_attention_forward,
     .cross_entropy = ts_cuda_cross_entropy,
+    .sample = ts_cuda_sample,
 };

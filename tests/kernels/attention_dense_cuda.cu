@@ -150,17 +150,18 @@ struct Cache {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
         const size_t bytes[] = {n * c.T * c.d * 4, n * c.T * c.d * 4, n * c.T * 8, n * 8,
-                                n * c.d * c.d * 4, n * c.d * 4};
+                                n * c.d * c.d * 4, n * c.d * 4, n * 16};
         void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
-                       (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.mass};
-        for (int i = 0; i < 6; i++) {
+                       (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.mass,
+                       (void **)&layer.pairs};
+        for (int i = 0; i < 7; i++) {
             CUDA(cudaMalloc(to[i], bytes[i]));
             CUDA(cudaMemset(*to[i], 0, bytes[i]));
         }
     }
     ~Cache() {
         cudaFree(layer.open_k), cudaFree(layer.open_v), cudaFree(layer.open_c), cudaFree(layer.decay_end);
-        cudaFree(layer.state), cudaFree(layer.mass);
+        cudaFree(layer.state), cudaFree(layer.mass), cudaFree(layer.pairs);
     }
 };
 
@@ -257,6 +258,8 @@ template <typename E> static bool check(const Case &c, const ts_cuda_attention_d
     auto open_v = to_host(cache.layer.open_v, (size_t)n_sequences * c.KV * c.T * c.d);
     auto open_c = to_host(cache.layer.open_c, (size_t)n_sequences * c.KV * c.T);
     auto decay_end = to_host(cache.layer.decay_end, (size_t)n_sequences * c.KV);
+    auto pairs = to_host(cache.layer.pairs, (size_t)n_sequences * c.KV * 2);
+    bool same_pairs = true;
     for (int s = 0; s < n_sequences; s++) {
         const Sequence &r = expected[s];
         for (size_t i = 0; i < r.y.size(); i++) {
@@ -268,7 +271,10 @@ template <typename E> static bool check(const Case &c, const ts_cuda_attention_d
         for (size_t i = 0; i < r.mass.size(); i++)
             e_mass.add(mass[s * r.mass.size() + i], r.mass[i]);
         const int n_open = (int)(y[s].size() / (c.H * c.d) % c.T);
+        const int64_t n_tiles = (int64_t)(y[s].size() / (c.H * c.d)) / c.T;
         for (int j = 0; j < c.KV; j++) {
+            for (int i = 0; i < 2; i++)
+                same_pairs &= pairs[(s * c.KV + j) * 2 + i] == n_tiles * (n_tiles + 1) / 2;
             e_end.add(decay_end[s * c.KV + j], r.decay_end[j]);
             for (int m = 0; m < n_open; m++) {
                 e_c.add(open_c[(s * c.KV + j) * c.T + m], r.open_c[j * c.T + m]);
@@ -287,7 +293,7 @@ template <typename E> static bool check(const Case &c, const ts_cuda_attention_d
     const bool good = e_y.relative() < (f32 ? 1e-5 : 8e-3) && worst < (f32 ? 1e-4 : 6e-2) &&
                       e_state.relative() < (f32 ? 1e-5 : 8e-3) && e_mass.relative() < (f32 ? 1e-5 : 8e-3) &&
                       e_open.relative() < 1e-6 && e_c.relative() < 1e-9 && e_end.relative() < 1e-5 && same_order &&
-                      same_alone;
+                      same_alone && same_pairs;
     printf(
         "%-4s %-5s %-22s d %3d T %3d H %2d/%d  y %.1e (worst %.1e) S %.1e z %.1e open %.1e c %.1e E %.1e bits %d%d\n",
         good ? "ok" : "FAIL", path, c.name, c.d, c.T, c.H, c.KV, e_y.relative(), worst, e_state.relative(),
