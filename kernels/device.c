@@ -56,3 +56,30 @@ ts_status ts_device_synchronize(ts_device *device) {
 ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes) {
     return device->backend->memory(device, free_bytes, total_bytes);
 }
+
+bool ts_device_can_capture(const ts_device *device) {
+    return device->backend->capture_begin != NULL;
+}
+
+ts_status ts_device_capture_begin(ts_device *device) {
+    if (!ts_device_can_capture(device))
+        return TS_FAIL(TS_ERR_UNSUPPORTED, "%s: the backend records no graphs", device->backend->name);
+    return device->backend->capture_begin(device);
+}
+
+ts_status ts_device_capture_end(ts_device *device, ts_device_graph **out) {
+    return device->backend->capture_end(device, out);
+}
+
+ts_status ts_device_graph_launch(ts_device *device, ts_device_graph *graph) {
+    return device->backend->graph_launch(device, graph);
+}
+
+bool ts_device_graph_is_current(const ts_device *device, const ts_device_graph *graph) {
+    return device->backend->graph_is_current(device, graph);
+}
+
+void ts_device_graph_free(ts_device *device, ts_device_graph *graph) {
+    if (graph)
+        device->backend->graph_free(graph);
+}

@@ -21,6 +21,7 @@ extern "C" {
 
 typedef struct ts_device ts_device;
 typedef struct ts_ops ts_ops;
+typedef struct ts_device_graph ts_device_graph;
 
 typedef struct ts_device_backend {
     const char *name; // "cpu", "cuda"
@@ -33,6 +34,12 @@ typedef struct ts_device_backend {
     ts_status (*zero)(ts_device *device, void *data, size_t n_bytes);
     ts_status (*synchronize)(ts_device *device);
     ts_status (*memory)(ts_device *device, size_t *free_bytes, size_t *total_bytes);
+    // Recorded work; all NULL where the backend records none.
+    ts_status (*capture_begin)(ts_device *device);
+    ts_status (*capture_end)(ts_device *device, ts_device_graph **out);
+    ts_status (*graph_launch)(ts_device *device, ts_device_graph *graph);
+    bool (*graph_is_current)(const ts_device *device, const ts_device_graph *graph);
+    void (*graph_free)(ts_device_graph *graph);
     // How weight matrices lie in memory; both NULL where they lie row by row.
     size_t (*weight_bytes)(int64_t n_rows, int64_t n_cols, ts_dtype dtype);
     ts_status (*upload_weight)(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
@@ -77,6 +84,17 @@ ts_status ts_device_zero(ts_device *device, void *data, size_t n_bytes);
 
 // Waits for all enqueued work and returns its first failure.
 ts_status ts_device_synchronize(ts_device *device);
+
+// Work as a graph, enqueued again with one call. Between begin and end ops are recorded, not run; nothing may be
+// allocated, uploaded or downloaded there, so run the same ops once before. What the ops read and write must stay where
+// it is. end also ends a recording in which an op has failed, and then fails.
+bool ts_device_can_capture(const ts_device *device);
+ts_status ts_device_capture_begin(ts_device *device);
+ts_status ts_device_capture_end(ts_device *device, ts_device_graph **out);
+ts_status ts_device_graph_launch(ts_device *device, ts_device_graph *graph);
+// False once the device's own scratch has moved: record it again.
+bool ts_device_graph_is_current(const ts_device *device, const ts_device_graph *graph);
+void ts_device_graph_free(ts_device *device, ts_device_graph *graph); // accepts NULL
 
 // Bytes that could still be allocated, and bytes in all.
 ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes);

@@ -230,8 +230,7 @@ done:
     return status;
 }
 
-// Grows the buffers that ts_model_logits fills.
-static ts_status reserve_logits(ts_model *model, int64_t n_rows) {
+ts_status ts_model_reserve_logits(ts_model *model, int64_t n_rows) {
     ts_status status = TS_OK;
     void *logits = NULL, *selected = NULL;
     if (n_rows <= model->max_logit_rows)
@@ -254,7 +253,7 @@ done:
 ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, bool row_invariant, ts_tensor *logits) {
     ts_status status = TS_OK;
     ts_tensor h = ts_tensor_rows(model->act.h, 0, rows ? model->n_rows : n_rows);
-    TS_TRY(reserve_logits(model, n_rows));
+    TS_TRY(ts_model_reserve_logits(model, n_rows));
     const ts_tensor out = ts_tensor_of(model->logits, TS_F32, n_rows, model->weights.head.rows);
     if (rows) {
         ts_tensor selected = h;

@@ -28,6 +28,9 @@ size_t ts_model_weight_bytes(const ts_model *model); // of this rank
 // Activations for batches of up to max_rows rows. Call before the first forward, and again for larger batches.
 ts_status ts_model_reserve(ts_model *model, int64_t max_rows);
 
+// Room for the logits of up to max_rows rows. Logits of more rows at once move them.
+ts_status ts_model_reserve_logits(ts_model *model, int64_t max_rows);
+
 // Bytes of activations that ts_model_reserve takes for a shard of the model on a device of this compute dtype: for the
 // memory plan.
 size_t ts_model_activation_bytes(const ts_config *config, ts_dtype compute_dtype, int tp_size, int64_t max_rows);

@@ -1,6 +1,7 @@
 #include "runtime/replica.h"
 
 #include "runtime/batch.h"
+#include "runtime/decode_graphs.h"
 #include "runtime/device_sampler.h"
 
 #include <stdlib.h>
@@ -12,6 +13,7 @@ struct ts_replica {
     ts_replica_options options;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
+    ts_decode_graphs *graphs;
     ts_sampler *sampler; // of the host; one of the two is NULL
     ts_device_sampler *device_sampler;
     ts_sampler_row *rows; // [max_sequences]
@@ -48,7 +50,9 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
              TS_ERR_MEMORY, "replica: out of memory");
     TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
     TS_TRY(ts_model_reserve(model, max_rows));
+    TS_TRY(ts_model_reserve_logits(model, options->max_sequences));
     TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
+    TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, &replica->graphs));
     if (ts_device_sampler_is_possible(device, tp))
         TS_TRY(ts_device_sampler_create(device, options->max_sequences, &replica->device_sampler));
     else
@@ -65,6 +69,7 @@ void ts_replica_free(ts_replica *replica) {
         return;
     for (int32_t i = 0; replica->rows && i < replica->options.max_sequences; i++)
         ts_sampler_row_end(&replica->rows[i]);
+    ts_decode_graphs_free(replica->graphs);
     ts_tile_cache_free(replica->cache);
     ts_batch_buffer_free(replica->buffer);
     ts_sampler_free(replica->sampler);
@@ -124,7 +129,13 @@ done:
     return status;
 }
 
-static ts_status forward(ts_replica *replica, const Ts__Job__Step *step) {
+// Every row of the step gets a next token: what a decode step is, so that its logits can be part of a graph.
+static bool samples_all_rows(const Ts__Job__Step *step) {
+    return step->kind == TS__JOB__STEP__KIND__DECODE && step->n_sample_rows == step->n_rows;
+}
+
+// *logits are set where all rows are sampled.
+static ts_status forward(ts_replica *replica, const Ts__Job__Step *step, ts_tensor *logits) {
     ts_status status = TS_OK;
     const bool decode = step->kind == TS__JOB__STEP__KIND__DECODE;
     const ts_batch *batch;
@@ -140,14 +151,16 @@ static ts_status forward(ts_replica *replica, const Ts__Job__Step *step) {
         tokens += step->lengths[i];
     }
     TS_TRY(ts_batch_buffer_upload(replica->buffer, &batch));
-    TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
+    if (samples_all_rows(step))
+        TS_TRY(ts_decode_graphs_run(replica->graphs, batch, logits));
+    else
+        TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
 done:
     return status;
 }
 
-static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_next_token *next) {
+static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_tensor logits, ts_next_token *next) {
     ts_status status = TS_OK;
-    ts_tensor logits;
     const int64_t n_logit_rows = (int64_t)step->n_sample_rows;
     int64_t end = 0;
     if (step->n_sample_rows == 0)
@@ -161,7 +174,8 @@ static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_next_
         replica->logit_row[i] = (int32_t)i;
         replica->sampled[i] = &replica->rows[step->sample_rows[i]];
     }
-    TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
+    if (!samples_all_rows(step))
+        TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
     if (replica->device_sampler) {
         TS_TRY(ts_device_sampler_choose(replica->device_sampler, logits, replica->sampled, (int32_t)step->n_sample_rows,
                                         next));
@@ -184,6 +198,7 @@ done:
 
 static ts_status carry_out(ts_replica *replica, const Ts__Job__Step *step, ts_next_token *next) {
     ts_status status = TS_OK;
+    ts_tensor logits = {0};
     for (size_t i = 0; i < step->n_release; i++) {
         ts_tile_cache_close(replica->cache, step->release[i]);
         ts_sampler_row_end(&replica->rows[step->release[i]]);
@@ -191,11 +206,11 @@ static ts_status carry_out(ts_replica *replica, const Ts__Job__Step *step, ts_ne
     for (size_t i = 0; i < step->n_admissions; i++)
         TS_TRY(admit(replica, step->admissions[i]));
     if (step->n_rows > 0)
-        TS_TRY(forward(replica, step));
+        TS_TRY(forward(replica, step, &logits));
     for (size_t i = 0; i < step->n_admissions; i++)
         if (step->admissions[i]->is_fork)
             TS_TRY(fork_row(replica, step->admissions[i]));
-    TS_TRY(sample(replica, step, next));
+    TS_TRY(sample(replica, step, logits, next));
 done:
     return status;
 }

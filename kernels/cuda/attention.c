@@ -5,7 +5,8 @@
 // cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
 // recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
-// Decode: one kernel appends and answers; where tokens complete their tiles, passes 1, 2, 3 and 5 close those.
+// Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form passes
+// 1, 2, 3 and 5 close those.
 #include "kernels/cuda/attention.h"
 
 static void *carve(char **at, size_t n_bytes) {
@@ -102,6 +103,8 @@ static ts_status decode(ts_device *device, const ts_batch *batch, ts_cuda_attent
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     a->pieces.n_spans = batch->n_spans;
     TS_TRY(ts_cuda_attention_decode(stream, a));
+    if (!a->cache.is_sparse)
+        goto done; // the same kernel has closed what was to close
     a->is_appended = true;
     TS_TRY(prepare(device, batch, true, a));
     if (a->pieces.n_pieces == 0)

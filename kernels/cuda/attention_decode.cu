@@ -1,125 +1,198 @@
 // One token of every sequence: appended to the open tile, then eq. (9) against that tile and S^, z^. One block a
-// sequence and KV head, so that nothing depends on the batch. Bound by reading S^ and the open tile once: all of it is
-// on its way before the first value is needed, and stays in registers for every query head of the group.
+// sequence and KV head, so that nothing depends on the batch.
+//
+// Bound by reading S^ and the open tile once. They go to shared memory as asynchronous copies, which take no registers,
+// so that several blocks share a multiprocessor and some always wait for memory while others compute. A warp owns 16
+// features of S^ and its share of the tile's tokens, for all columns of v.
+//
+// In dense form a token that completes its tile closes it here, eqs. (6) to (8), from what the block holds.
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
 
 namespace {
 
-template <int D> constexpr int kThreadsOf = 4 * D;
+constexpr int kFeatures = 16; // of a warp
+
+template <int D> constexpr int kThreadsOf = 32 * D / kFeatures;
+
+template <int D, int T> struct tile_in_shared {
+    static constexpr int pitch = D + 4; // floats: threads that read one column of neighbouring keys share no bank
+    float state[D][D];
+    float keys[T][pitch], values[T][pitch];
+    float query[D], mass[D], weights[T];
+    float sums[D / kFeatures][D];
+    float below[kThreadsOf<D> / 32];
+    float gate;
+    double c_now;
+};
+
+// Columns lane * D / 32 ... of a row.
+template <int D> __device__ __forceinline__ void add_row(float *acc, float weight, const float *row, int lane) {
+    if constexpr (D == 64) {
+        const float2 x = *(const float2 *)(row + 2 * lane);
+        acc[0] += weight * x.x, acc[1] += weight * x.y;
+    } else {
+        const float4 x = ts::load4(row + 4 * lane);
+        acc[0] += weight * x.x, acc[1] += weight * x.y, acc[2] += weight * x.z, acc[3] += weight * x.w;
+    }
+}
+
+// S^ and z^ of the tile that follows.
+template <int D, int T>
+__device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, int64_t head, int64_t tile) {
+    constexpr int kColumns = D / 32;
+    const int tid = threadIdx.x, lane = tid % 32, first = tid / 32 * kFeatures;
+    const float reach = ts::reach_of(s.c_now);
+    __syncthreads();
+    if (tid < T)
+        s.weights[tid] = ts::reach_of(s.c_now - a.cache.open_c[head * T + tid]);
+    __syncthreads();
+    float acc[kFeatures][kColumns] = {};
+    for (int i = 0; i < kFeatures; i++)
+        add_row<D>(acc[i], reach, s.state[first + i], lane);
+    for (int m = 0; m < T; m++) {
+        const float weight = s.weights[m];
+#pragma unroll
+        for (int i = 0; i < kFeatures; i++)
+            add_row<D>(acc[i], weight * s.keys[m][first + i], s.values[m], lane);
+    }
+    float *state = a.cache.state + head * D * D;
+#pragma unroll
+    for (int i = 0; i < kFeatures; i++)
+#pragma unroll
+        for (int k = 0; k < kColumns; k++)
+            state[(first + i) * D + kColumns * lane + k] = acc[i][k];
+    if (tid < D) {
+        float mass = reach * s.mass[tid];
+        for (int m = 0; m < T; m++)
+            mass += s.weights[m] * s.keys[m][tid];
+        a.cache.mass[head * D + tid] = mass;
+    }
+    if (tid == 0) {
+        a.cache.decay_end[head] += s.c_now;
+        a.cache.pairs[2 * head] += tile + 1;
+        a.cache.pairs[2 * head + 1] += tile + 1;
+    }
+}
 
 template <typename A, int D, int T>
-__global__ void __launch_bounds__(kThreadsOf<D>, D == 64 ? 3 : 1)
-    decode_kernel(const __grid_constant__ ts_cuda_attention a) {
-    // A thread: four columns of every kParts-th row of S^, k^ and v.
-    constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 4, kParts = kThreads / kColumns;
-    constexpr int kStates = D / kParts, kKeys = T / kParts;
-    __shared__ float query[D], key[D], value[D];
-    __shared__ float4 sums[kThreads];
-    __shared__ float below[kParts + kWarps];
-    __shared__ float gate;
-    __shared__ double c_shared;
-    const int tid = threadIdx.x, j = blockIdx.y, group = a.cache.n_heads / a.cache.n_kv_heads;
-    const int column = tid % kColumns * 4, part = tid / kColumns;
+__global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_constant__ ts_cuda_attention a) {
+    constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 32, kVectors = D / 4;
+    constexpr int kSharers = kThreads / T, kShare = D / kSharers; // threads that share a key, and elements of each
+    static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
+    extern __shared__ float4 stage[];
+    auto &s = *(tile_in_shared<D, T> *)stage;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int j = blockIdx.y, group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[blockIdx.x];
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % T);
     float *open_k = a.cache.open_k + head * T * D, *open_v = a.cache.open_v + head * T * D;
     double *open_c = a.cache.open_c + head * T;
-    const float *state_at = a.cache.state + head * D * D;
-    const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
-    float4 state[kStates], keys[kKeys], values[kKeys];
-    double c[kKeys];
+    const float *state = a.cache.state + head * D * D;
 #pragma unroll
-    for (int i = 0; i < kKeys; i++) {
-        const int m = part + i * kParts;
-        keys[i] = values[i] = make_float4(0, 0, 0, 0);
-        c[i] = 0;
-        if (m < n) {
-            keys[i] = ts::load4(open_k + m * D + column);
-            values[i] = ts::load4(open_v + m * D + column);
-            c[i] = open_c[m];
-        }
+    for (int i = tid; i < D * kVectors; i += kThreads)
+        ts::copy_async(&s.state[0][0] + 4 * i, state + 4 * i);
+    for (int i = tid; i < n * kVectors; i += kThreads) {
+        const int m = i / kVectors, e = i % kVectors * 4;
+        ts::copy_async(&s.keys[m][e], open_k + m * D + e);
+        ts::copy_async(&s.values[m][e], open_v + m * D + e);
     }
-#pragma unroll
-    for (int i = 0; i < kStates; i++)
-        state[i] = ts::load4(state_at + (part + i * kParts) * D + column);
+    ts::copy_commit();
+    const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
+    const int key = tid / kSharers, share = tid % kSharers * kShare;
+    const double c_of_key = key < n ? open_c[key] : 0.0;
+    const float raw_k = tid < D ? ts::load(row.k + j * D + tid) : 0.0f;
+    const float value = tid < D ? ts::load(row.v + j * D + tid) : 0.0f;
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     if (tid == 0) {
-        c_shared = (n > 0 ? open_c[n - 1] : 0.0) + ts::log_decay(row.decay_gate + j, a.decay_temperature);
-        open_c[n] = c_shared;
+        const double c = (n > 0 ? open_c[n - 1] : 0.0) + ts::log_decay(row.decay_gate + j, a.decay_temperature);
+        s.c_now = c;
+        open_c[n] = c;
     } else if (tid == 32) {
-        gate = ts::key_gate(row.key_gate + j);
+        s.gate = ts::key_gate(row.key_gate + j);
     }
     __syncthreads();
-    const double c_now = c_shared;
+    const double c_now = s.c_now;
     const float reach = ts::reach_of(c_now);
     if (tid < D) {
-        key[tid] = gate * ts::elu1(ts::load(row.k + j * D + tid));
-        value[tid] = ts::load(row.v + j * D + tid);
-        open_k[n * D + tid] = key[tid];
-        open_v[n * D + tid] = value[tid];
+        const float k = s.gate * ts::elu1(raw_k);
+        s.keys[n][tid] = k;
+        s.values[n][tid] = value;
+        s.mass[tid] = mass;
+        open_k[n * D + tid] = k;
+        open_v[n * D + tid] = value;
     }
+    const float reach_of_key = key < n ? ts::reach_of(c_now - c_of_key) : key == n ? 1.0f : 0.0f;
     for (int h = j * group; h < (j + 1) * group; h++) {
-        float from_before = 0;
+        float below = 0;
         if (tid < D) {
             const float q = ts::elu1(ts::load(row.q + h * D + tid));
-            query[tid] = q;
+            s.query[tid] = q;
             query_sum += q;
-            from_before = reach * q * mass;
+            below = reach * q * mass;
         }
-        from_before = ts::warp_sum(from_before);
+        if (h == j * group)
+            ts::copy_wait<0>();
         __syncthreads();
-        const float4 q = ts::load4(query + column);
-        float4 acc = make_float4(0, 0, 0, 0);
-        float weights = 0;
+        float dot = 0;
+        if (key <= n)
 #pragma unroll
-        for (int i = 0; i < kKeys; i++) {
-            const int m = part + i * kParts;
-            const float4 k = m == n ? ts::load4(key + column) : keys[i];
-            const float4 v = m == n ? ts::load4(value + column) : values[i];
-            float dot = q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
-#pragma unroll
-            for (int step = kColumns / 2; step > 0; step /= 2)
-                dot += __shfl_xor_sync(~0u, dot, step);
-            const float weight = m > n ? 0.0f : m == n ? dot : dot * ts::reach_of(c_now - c[i]);
-            weights += weight;
-            acc.x += weight * v.x, acc.y += weight * v.y, acc.z += weight * v.z, acc.w += weight * v.w;
-        }
-#pragma unroll
-        for (int i = 0; i < kStates; i++) {
-            const float x = reach * query[part + i * kParts];
-            acc.x += x * state[i].x, acc.y += x * state[i].y, acc.z += x * state[i].z, acc.w += x * state[i].w;
-        }
-        sums[tid] = acc;
-        if (tid % kColumns == 0)
-            below[part] = weights;
-        if (tid % 32 == 0)
-            below[kParts + tid / 32] = from_before;
-        __syncthreads();
-        if (tid < D) {
-            float y = 0, mass_below = 0;
-#pragma unroll
-            for (int i = 0; i < kParts; i++) {
-                y += ((const float *)sums)[i * D + tid];
-                mass_below += below[i];
+            for (int e = 0; e < kShare; e += 4) {
+                const float4 q = ts::load4(s.query + share + e), k = ts::load4(&s.keys[key][share + e]);
+                dot += q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
             }
 #pragma unroll
-            for (int i = 0; i < kWarps; i++)
-                mass_below += below[kParts + i];
-            ts::store((A *)a.y.data + span.row * a.y.stride + h * D + tid, y / (mass_below + a.normalizer_eps));
+        for (int step = kSharers / 2; step > 0; step /= 2)
+            dot += __shfl_xor_sync(~0u, dot, step);
+        const float weight = key <= n ? dot * reach_of_key : 0.0f;
+        if (share == 0) {
+            s.weights[key] = weight;
+            below += weight;
+        }
+        below = ts::warp_sum(below);
+        if (lane == 0)
+            s.below[warp] = below;
+        float acc[kColumns] = {};
+#pragma unroll
+        for (int i = 0; i < kFeatures; i++)
+            add_row<D>(acc, reach * s.query[warp * kFeatures + i], s.state[warp * kFeatures + i], lane);
+        __syncthreads();
+        for (int m = warp; m <= n; m += kWarps)
+            add_row<D>(acc, s.weights[m], s.values[m], lane);
+#pragma unroll
+        for (int k = 0; k < kColumns; k++)
+            s.sums[warp][kColumns * lane + k] = acc[k];
+        __syncthreads();
+        if (tid < D) {
+            float y = 0, mass_below = a.normalizer_eps;
+#pragma unroll
+            for (int i = 0; i < kWarps; i++) {
+                y += s.sums[i][tid];
+                mass_below += s.below[i];
+            }
+            ts::store((A *)a.y.data + span.row * a.y.stride + h * D + tid, y / mass_below);
         }
     }
     if (tid < D)
         a.cache.query_sum[head * D + tid] = query_sum;
+    if (!a.cache.is_sparse && n == T - 1)
+        close_tile<D, T>(a, s, head, span.position / T);
+}
+
+template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
+    constexpr int bytes = (int)sizeof(tile_in_shared<D, T>);
+    const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
+    (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    decode_kernel<A, D, T><<<grid, kThreadsOf<D>, bytes, stream>>>(*a);
 }
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
     if (a->cache.tile_size == 64)
-        decode_kernel<A, D, 64><<<grid, kThreadsOf<D>, 0, stream>>>(*a);
+        launch_tile<A, D, 64>(stream, a);
     else if constexpr (D == 128)
-        decode_kernel<A, D, 128><<<grid, kThreadsOf<D>, 0, stream>>>(*a);
+        launch_tile<A, D, 128>(stream, a);
 }
 
 } // namespace

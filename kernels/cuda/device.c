@@ -137,6 +137,50 @@ static ts_status device_memory(ts_device *device, size_t *free_bytes, size_t *to
     return ts_cuda_status(cudaMemGetInfo(free_bytes, total_bytes), "memory");
 }
 
+struct ts_device_graph {
+    cudaGraphExec_t executable;
+    const void *scratch; // the device's, which its kernels may use
+};
+
+static ts_status capture_begin(ts_device *device) {
+    return ts_cuda_status(cudaStreamBeginCapture(ts_cuda_device_of(device)->stream, cudaStreamCaptureModeThreadLocal),
+                          "recording of a graph");
+}
+
+static void graph_free(ts_device_graph *graph) {
+    if (graph->executable)
+        (void)cudaGraphExecDestroy(graph->executable);
+    free(graph);
+}
+
+static ts_status capture_end(ts_device *base, ts_device_graph **out) {
+    ts_status status = TS_OK;
+    ts_cuda_device *device = ts_cuda_device_of(base);
+    cudaGraph_t recorded = NULL;
+    ts_device_graph *graph = calloc(1, sizeof *graph);
+    TS_CUDA_TRY(cudaStreamEndCapture(device->stream, &recorded));
+    TS_CHECK(graph, TS_ERR_MEMORY, "cuda: out of memory for a graph");
+    graph->scratch = device->scratch;
+    TS_CUDA_TRY(cudaGraphInstantiate(&graph->executable, recorded, 0));
+    TS_CUDA_TRY(cudaGraphUpload(graph->executable, device->stream));
+    *out = graph;
+    graph = NULL;
+done:
+    if (recorded)
+        (void)cudaGraphDestroy(recorded);
+    if (graph)
+        graph_free(graph);
+    return status;
+}
+
+static ts_status graph_launch(ts_device *device, ts_device_graph *graph) {
+    return ts_cuda_status(cudaGraphLaunch(graph->executable, ts_cuda_device_of(device)->stream), "launch of a graph");
+}
+
+static bool graph_is_current(const ts_device *device, const ts_device_graph *graph) {
+    return graph->scratch == ((const ts_cuda_device *)device)->scratch;
+}
+
 static const ts_device_backend cuda_backend = {
     .name = "cuda",
     .free = device_free,
@@ -148,6 +192,11 @@ static const ts_device_backend cuda_backend = {
     .zero = device_zero,
     .synchronize = device_synchronize,
     .memory = device_memory,
+    .capture_begin = capture_begin,
+    .capture_end = capture_end,
+    .graph_launch = graph_launch,
+    .graph_is_current = graph_is_current,
+    .graph_free = graph_free,
 };
 
 int ts_cuda_device_count(void) {
