@@ -22,10 +22,10 @@ typedef struct ts_sampler_row {
     ts_sampling_params params; // its arrays are owned
     uint64_t request;          // names the request in the counter of the generator
     uint32_t sample;
-    int64_t n_generated;           // tokens chosen and fed
-    int32_t *n_times;              // [V] how often each token of this shard was generated; NULL without penalties
-    uint8_t *in_prompt;            // [V]; NULL without repetition penalty
-    int32_t *seen;                 // [n_seen] the tokens, of the shard, that penalties apply to; NULL without
+    int64_t n_generated; // tokens chosen and fed
+    int32_t *n_times;    // [V] how often each token of this shard was generated; NULL without penalties
+    uint8_t *in_prompt;  // [V]; NULL without repetition penalty
+    int32_t *seen;       // [n_seen] the tokens, of the shard, that penalties apply to; NULL without
     int64_t n_seen;
     int64_t first_token, n_tokens; // the shard
     const int32_t *eos;            // borrowed

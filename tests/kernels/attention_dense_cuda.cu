@@ -150,7 +150,7 @@ struct Cache {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
         const size_t bytes[] = {n * c.T * c.d * 4, n * c.T * c.d * 4, n * c.T * 8, n * 8,
-                                n * c.d * c.d * 4, n * c.d * 4, n * 16};
+                                n * c.d * c.d * 4, n * c.d * 4,       n * 16};
         void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
                        (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.mass,
                        (void **)&layer.pairs};
