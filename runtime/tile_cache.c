@@ -30,9 +30,10 @@ struct ts_tile_cache {
 typedef struct layer_array {
     size_t offset_of_pointer, bytes;
     bool per_page;
+    bool only_fp8;
 } layer_array;
 
-enum { MAX_ARRAYS = 14 };
+enum { MAX_ARRAYS = 15 };
 
 static size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
@@ -51,6 +52,7 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
         {offsetof(ts_tile_cache_layer, pairs), 2 * sizeof(int64_t), false},
         {offsetof(ts_tile_cache_layer, n_held), sizeof(int32_t), false},
         {offsetof(ts_tile_cache_layer, slot_state), d * d * ts_dtype_bytes(shape->slot_dtype), true},
+        {offsetof(ts_tile_cache_layer, slot_scale), d * sizeof(float), true, .only_fp8 = true},
         {offsetof(ts_tile_cache_layer, slot_mass), d * sizeof(float), true},
         {offsetof(ts_tile_cache_layer, slot_decay_end), sizeof(double), true},
         {offsetof(ts_tile_cache_layer, slot_key), sizeof(double), true},
@@ -59,7 +61,7 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
     static_assert(sizeof all / sizeof *all == MAX_ARRAYS, "layer_array table");
     int n = 0;
     for (int i = 0; i < MAX_ARRAYS; i++)
-        if (!all[i].per_page || shape->is_sparse)
+        if ((!all[i].per_page || shape->is_sparse) && (!all[i].only_fp8 || shape->slot_dtype == TS_FP8_E4M3))
             arrays[n++] = all[i];
     return n;
 }

@@ -131,13 +131,56 @@ __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
             const int64_t page = ts::page_of(a, sequence, j, i);
             const int32_t death = death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
             if (leads)
-                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride + i] = death;
+                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.held_stride + i] = death;
         } else {
             const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
             const int32_t death = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
             if (leads)
                 a.tile_deaths[at] = death;
         }
+    }
+}
+
+// The largest key and the last death of the tiles of every range, a warp each; sinks, which are always selected, have
+// the largest of keys. For tile_select.cu.
+__global__ void ranges_kernel(const __grid_constant__ ts_cuda_attention a) {
+    const int s = blockIdx.y, j = blockIdx.z, lane = threadIdx.x % 32, n_kv = a.cache.n_kv_heads;
+    static_assert(TS_CUDA_GROUP == 32, "a lane for each tile of a range");
+    const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
+    if (n == 0)
+        return;
+    const int32_t sequence = a.spans[s].sequence;
+    const int64_t span_head = (int64_t)s * n_kv + j;
+    const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
+    const int64_t n_held_ranges = (n_held + 31) / 32, n_ranges = n_held_ranges + (n + 31) / 32;
+    for (int64_t i = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32; i < n_ranges; i += (int64_t)gridDim.x * kWarps) {
+        double key = -INFINITY;
+        int32_t death = 0;
+        if (i < n_held_ranges) {
+            const int64_t slot = i * 32 + lane;
+            if (slot < n_held) {
+                const int64_t page = ts::page_of(a, sequence, j, slot);
+                key = a.cache.slot_tile[page] < a.cache.sparsity.sink_tiles ? INFINITY : a.cache.slot_key[page];
+                death = a.held_deaths[span_head * a.held_stride + slot];
+            }
+        } else {
+            const int64_t event = (i - n_held_ranges) * 32 + lane, at = j * a.pieces.n_closed + begin + event;
+            if (event < n) {
+                key = ts::first_tile_of(a, s) + event < a.cache.sparsity.sink_tiles ? INFINITY : a.tile_keys[at];
+                death = a.tile_deaths[at];
+            }
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            key = fmax(key, __shfl_xor_sync(~0u, key, step));
+            death = max(death, __shfl_xor_sync(~0u, death, step));
+        }
+        if (lane > 0)
+            continue;
+        if (i < n_held_ranges)
+            a.held_ranges[span_head * a.held_ranges_stride + i] = {key, death};
+        else
+            a.tile_ranges[j * a.pieces.n_groups + a.pieces.group_begin[s] + i - n_held_ranges] = {key, death};
     }
 }
 
@@ -167,7 +210,7 @@ __global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
     if (n == 0)
         return;
     const int64_t head = ts::head_of(a, a.spans[s].sequence, j);
-    const int64_t held_at = ((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride;
+    const int64_t held_at = ((int64_t)s * a.cache.n_kv_heads + j) * a.held_stride;
     const int n_held = a.cache.n_held[head];
     int n_holes = 0, n_stored = 0;
     for (int i0 = 0; i0 < n_held; i0 += kThreads) {
@@ -202,10 +245,12 @@ template <typename S, int D> __global__ void store_kernel(const __grid_constant_
     const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[closed]];
     const int64_t page = ts::page_of(a, piece.sequence, j, slot), from = closed * a.cache.n_kv_heads + j;
     constexpr int kVectors = D * D * (int)sizeof(S) / 16;
-    const uint4 *state = (const uint4 *)((const S *)a.tile_states + from * D * D);
+    const uint4 *state = (const uint4 *)((const S *)a.stored_states + from * D * D);
     uint4 *out = (uint4 *)((S *)a.cache.slot_state + page * D * D);
     for (int i = threadIdx.x; i < kVectors; i += kThreads)
         out[i] = state[i];
+    if (std::is_same<S, ts::fp8>::value && threadIdx.x < D)
+        a.cache.slot_scale[page * D + threadIdx.x] = a.stored_scales[from * D + threadIdx.x];
     if (threadIdx.x < D)
         a.cache.slot_mass[page * D + threadIdx.x] = a.tile_masses[from * D + threadIdx.x];
     if (threadIdx.x == 0) {
@@ -268,9 +313,13 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
     ends_kernel<<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
     if (a->cache.is_sparse) {
         // Blocks for the largest span, but in a batch of many spans not for each as many.
-        const int64_t most = (a->cache.page_table_stride + a->most_events + kWarps - 1) / kWarps;
+        const int64_t most = (a->held_stride + a->most_events + kWarps - 1) / kWarps;
         const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
         deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
+        const int64_t n_ranges = a->held_ranges_stride + (a->most_events + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
+        const int64_t n_blocks = (n_ranges + kWarps - 1) / kWarps;
+        ranges_kernel<<<dim3((unsigned)(n_blocks < share ? n_blocks : share), n_spans, n_kv), kThreads, 0, stream>>>(
+            *a);
     }
     return ts_cuda_status(cudaGetLastError(), "attention: rules of tiles");
 }
