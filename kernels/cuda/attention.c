@@ -49,7 +49,9 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->stored_scales = is_rounded ? carve(&at, n_closed * d * sizeof *a->stored_scales) : NULL;
     a->held_ranges = carve(&at, n_held_ranges * sizeof *a->held_ranges);
     a->tile_ranges = carve(&at, n_groups * sizeof *a->tile_ranges);
-    a->list_lengths = carve(&at, n_groups * sizeof *a->list_lengths);
+    a->held_range_masses = carve(&at, n_held_ranges * d * sizeof *a->held_range_masses);
+    a->tile_range_masses = carve(&at, n_groups * d * sizeof *a->tile_range_masses);
+    a->lists = carve(&at, n_groups * sizeof *a->lists);
     a->list_at = carve(&at, a->n_listed * sizeof *a->list_at);
     a->list_weights = carve(&at, a->n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
     return (size_t)(at - memory);

@@ -10,9 +10,15 @@ extern "C" {
 
 // Of neighbouring tiles: what bounds their scores (tile_select.cu).
 typedef struct ts_cuda_range {
-    double largest_key;
-    int32_t last_death;
+    double largest_key, end; // end: E of the newest of them
+    int32_t first_death, last_death;
 } ts_cuda_range;
+
+// Of the tiles that a group of events selects.
+typedef struct ts_cuda_list {
+    int64_t first_closed; // the group's first event, among the completed tiles of the batch
+    int32_t length, n_events;
+} ts_cuda_list;
 
 // One call of the op, passed to kernels by value. All pointers are device memory. Tiles that complete in the batch are
 // numbered as in pieces.closed; `s` is a span, `j` a KV head. An event of a span is the completion of one tile; events
@@ -48,10 +54,11 @@ typedef struct ts_cuda_attention {
     float *stored_scales;       // [n_closed, KV, d] of FP8 states, like slot_scale
     ts_cuda_range *held_ranges; // [n_spans, KV, held_ranges_stride] of TS_CUDA_GROUP slots each
     ts_cuda_range *tile_ranges; // [KV, n_groups] of the tiles that complete at a group's events
+    float *held_range_masses, *tile_range_masses; // the same, [d]: sum of e^{end - E_t} z_t
     // Of one wave of groups, first_group .. first_group + n_wave_groups - 1:
-    int64_t *list_at;      // [n_wave_groups, KV, list_stride] tiles that a group selects: page, or ~index
-    float *list_weights;   // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0
-    int32_t *list_lengths; // [n_wave_groups, KV]
+    int64_t *list_at;    // [n_wave_groups, KV, list_stride] tiles that a group selects: page, or ~index
+    float *list_weights; // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0
+    ts_cuda_list *lists; // [n_wave_groups, KV]
     int64_t first_group, n_wave_groups, list_stride;
     size_t n_listed;                         // entries of the lists of the largest wave
     int64_t held_stride, held_ranges_stride; // most tiles a span may have held before the batch, and their ranges

@@ -3,9 +3,9 @@
 //
 // choose_kernel, one block a group and KV head: scores of the tiles held at any event of the group, and the weights of
 // those that any event selects, in a list. Candidates come in ranges of 32. A tile's score is at most e^E max(q)
-// sum(z), which its key holds already, so a whole range is left out unscored where its largest key shows that no event
-// can select from it and that all such ranges together add less than 2^-24 to the sum of scores. Bound by f32
-// arithmetic.
+// sum(z), which its key holds already, so the tiles of a range are not scored one by one where the largest key shows
+// that no event can select any. Such a range counts in the sum of scores by its tiles' decayed mass or, where all
+// ranges alike would together add less than 2^-24, not at all. Bound by latency and f32 arithmetic.
 //
 // sum_kernel: S^ of a group's events as weighted sums over the list, each state read once for all of them. Bound by
 // reading states from L2. BF16 states under BF16 activations go through the matrix units, events by tiles by elements,
@@ -146,9 +146,9 @@ template <int D>
 __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
     constexpr int kAtOnce = kThreads / 2;
     __shared__ float queries[D][kGroup]; // mean queries, transposed: a thread reads all events of one element
-    __shared__ double ends[kGroup], sums[kWarps][kHalf], thresholds[kGroup], floors[kGroup];
+    __shared__ double ends[kGroup], sums[kWarps][kHalf], thresholds[kGroup], floors[2][kGroup];
     __shared__ int counts[kWarps], n_chosen[kGroup], ranks[kAtOnce];
-    __shared__ int64_t ranges[kThreads]; // to score: of slots, or ~range of events
+    __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
     __shared__ unsigned char reaches[kThreads];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int half = tid / kAtOnce, g0 = half * kHalf, place = tid % kAtOnce;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         ends[tid] =
             tid < group.n_events ? a.tile_ends[j * a.pieces.n_closed + group.first_closed + group.first + tid] : 0.0;
         n_chosen[tid] = 0;
-        floors[tid] = -INFINITY;
+        floors[0][tid] = floors[1][tid] = -INFINITY;
     }
     __syncthreads();
     const int64_t first = group.first + g0; // this thread's first event
@@ -177,6 +177,9 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
     const int64_t n_held_ranges = (group.n_held + kRange - 1) / kRange, own = group.first / kRange;
     const ts_cuda_range *held_ranges = a.held_ranges + ((int64_t)group.span * n_kv + j) * a.held_ranges_stride;
     const ts_cuda_range *tile_ranges = a.tile_ranges + j * a.pieces.n_groups + a.pieces.group_begin[group.span];
+
+    const float *held_masses = a.held_range_masses + ((int64_t)group.span * n_kv + j) * a.held_ranges_stride * D;
+    const float *tile_masses = a.tile_range_masses + (j * a.pieces.n_groups + a.pieces.group_begin[group.span]) * D;
 
     int64_t n_kept = 0;
     double totals[kHalf] = {};
@@ -235,33 +238,54 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         for (int e = 0; e < D; e++)
             largest = fmaxf(largest, queries[e][tid]);
         const double n_candidates = (double)(n_held_ranges + own + 1) * kRange;
-        const double share = fmin(rules.skip_share, 0x1p-24 / n_candidates);
         // 1e-3: more than the rounding of the scores, which are sums of f32 products.
-        floors[tid] = log(share * thresholds[tid]) - ends[tid] - log((double)largest) - 1e-3;
+        const double unit = log(thresholds[tid]) - ends[tid] - log((double)largest) - 1e-3;
+        floors[0][tid] = unit + log(rules.skip_share);
+        floors[1][tid] = unit + fmin(log(rules.skip_share), log(0x1p-24 / n_candidates));
     }
     __syncthreads();
-    double floor = INFINITY;
-    for (int g = 0; g < group.n_events; g++)
-        floor = floors[g] < floor ? floors[g] : isnan(floors[g]) ? -INFINITY : floor;
+    // Keys below which no event selects a tile, and below which tiles do not count; NaN: none is.
+    double lowest_selected = INFINITY, lowest_counted = INFINITY;
+    for (int g = 0; g < group.n_events; g++) {
+        lowest_selected = floors[0][g] >= lowest_selected ? lowest_selected : floors[0][g];
+        lowest_counted = floors[1][g] >= lowest_counted ? lowest_counted : floors[1][g];
+    }
     const int64_t first_recent = group.first + 1 - rules.recent_tiles; // event whose tile is recent at the first event
     const int64_t n_others = n_held_ranges + own + 1 - n_newest;
     for (int64_t i0 = 0; i0 < n_others; i0 += kThreads) {
         const int64_t i = i0 + tid;
-        bool needed = false;
+        bool needed = false, counts_whole = false;
         int64_t range = 0;
         if (i < n_others) {
             const bool is_held = i < n_held_ranges;
             range = is_held ? i : ~(i - n_held_ranges);
             const ts_cuda_range bounds = is_held ? held_ranges[i] : tile_ranges[i - n_held_ranges];
             const bool has_recent = is_held ? first_recent < 0 : (~range + 1) * kRange > first_recent;
-            needed = bounds.last_death > group.first && (has_recent || !(bounds.largest_key < floor));
+            // Whether its decayed mass is that of the tiles held throughout the group (ranges_kernel).
+            const bool is_whole = (is_held || ~range + 2 <= own) && bounds.first_death >= group.first + group.n_events;
+            needed = has_recent || !(bounds.largest_key < (is_whole ? lowest_selected : lowest_counted));
+            needed = needed && bounds.last_death > group.first;
+            counts_whole = is_whole && !needed && !(bounds.largest_key < lowest_counted);
         }
-        int n;
+        int n, n_whole;
         const int rank = rank_in_block(needed, counts, &n);
         if (needed)
             ranges[rank] = range;
+        const int rank_whole = rank_in_block(counts_whole, counts, &n_whole);
+        if (counts_whole)
+            sums_only[rank_whole] = range;
         __syncthreads();
         score(n);
+        for (int r = place; r < n_whole; r += kAtOnce) {
+            const int64_t whole = sums_only[r];
+            const ts_cuda_range *bounds = whole >= 0 ? held_ranges + whole : tile_ranges + ~whole;
+            float dots[kHalf] = {};
+            dots_of<D>(whole >= 0 ? held_masses + whole * D : tile_masses + ~whole * D, queries, g0, dots);
+#pragma unroll
+            for (int g = 0; g < kHalf; g++)
+                if (g < n_events)
+                    totals[g] += (double)ts::reach_of(ends[g0 + g] - bounds->end) * (double)dots[g];
+        }
     }
     total();
     if (tid < kGroup)
@@ -317,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
     }
     __syncthreads();
     if (tid == 0) {
-        a.list_lengths[in_wave * n_kv + j] = n_listed;
+        a.lists[in_wave * n_kv + j] = {group.first_closed + group.first, n_listed, group.n_events};
         unsigned long long available = 0, selected = 0;
         for (int g = 0; g < group.n_events; g++) {
             available += (unsigned long long)(group.first_tile + group.first + g + 1);
@@ -337,11 +361,11 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ t
     __shared__ int64_t places[kChunk];
     const int tid = threadIdx.x, j = blockIdx.z, n_kv = a.cache.n_kv_heads, g0 = blockIdx.x % 2 * kHalf;
     const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.y;
-    const event_group group = group_of(a, a.first_group + in_wave, j);
-    if (g0 >= group.n_events)
+    const ts_cuda_list head = a.lists[in_wave * n_kv + j];
+    if (g0 >= head.n_events)
         return;
     const int64_t list = (in_wave * n_kv + j) * a.list_stride;
-    const int n = a.list_lengths[in_wave * n_kv + j];
+    const int n = head.length;
     const int column = 4 * ((int)blockIdx.x / 2 * kThreads + tid);
     const bool sums_mass = blockIdx.x / 2 == 0 && tid < D;
     float acc[kHalf][4] = {}, mass[kHalf] = {};
@@ -375,9 +399,9 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ t
     }
 #pragma unroll
     for (int g = 0; g < kHalf; g++) {
-        if (g0 + g >= group.n_events)
+        if (g0 + g >= head.n_events)
             continue;
-        const int64_t out = (group.first_closed + group.first + g0 + g) * n_kv + j;
+        const int64_t out = (head.first_closed + g0 + g) * n_kv + j;
         ts::store4((A *)a.next_states + out * D * D + column, make_float4(acc[g][0], acc[g][1], acc[g][2], acc[g][3]));
         if (sums_mass)
             a.next_masses[out * D + tid] = mass[g];
@@ -400,9 +424,13 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
     constexpr int kColumns = kWide / kWarps; // of a warp
     const int tid = threadIdx.x, lane = tid % 32, j = blockIdx.z, n_kv = a.cache.n_kv_heads;
     const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.y;
-    const event_group group = group_of(a, a.first_group + in_wave, j);
+    const ts_cuda_list head = a.lists[in_wave * n_kv + j];
     const int64_t list = (in_wave * n_kv + j) * a.list_stride;
-    const int n = a.list_lengths[in_wave * n_kv + j], column = blockIdx.x * kWide, begin = tid / 32 * kColumns;
+    const int n = head.length, column = blockIdx.x * kWide, begin = tid / 32 * kColumns;
+    // z^: a block has its share of the events, a thread one element and a share of the tiles.
+    constexpr int kEvents = kGroup / (D * D / kWide), kShares = kThreads / D, kMasses = kTiles / kShares;
+    const int g0 = blockIdx.x * kEvents, e = tid % D, share = tid / D;
+    float mass[kEvents] = {};
     float acc[2][kColumns / 8][4] = {};
     for (int first = 0; first < n; first += kListed) {
         const int n_here = min(kListed, n - first), n_steps = (n_here + kTiles - 1) / kTiles;
@@ -431,12 +459,30 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
                 }
             ts::copy_commit(); // nothing, beyond the last step: the waits below count alike
         };
+        float masses[kMasses];
+        const auto fetch_masses = [&](int step) {
+#pragma unroll
+            for (int i = 0; i < kMasses; i++) {
+                const int64_t at = places[step * kTiles + i * kShares + share];
+                masses[i] = at >= 0 ? a.cache.slot_mass[at * D + e] : a.tile_masses[~at * D + e];
+            }
+        };
         for (int step = 0; step < kStages - 1; step++)
             fetch(step);
+        fetch_masses(0);
         for (int step = 0; step < n_steps; step++) {
             ts::copy_wait<kStages - 2>();
             __syncthreads();
             fetch(step + kStages - 1);
+#pragma unroll
+            for (int i = 0; i < kMasses; i++)
+#pragma unroll
+                for (int g = 0; g < kEvents; g++)
+                    mass[g] +=
+                        __bfloat162float(weights[(step * kTiles + i * kShares + share) * kWeightPitch + g0 + g]) *
+                        masses[i];
+            if (step + 1 < n_steps)
+                fetch_masses(step + 1);
             const ts::bf16 *from = states + step % kStages * kTiles * kWidePitch;
             uint32_t w[2][4];
 #pragma unroll
@@ -457,25 +503,13 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         const int g = lane / 4 + 8 * r;
-        if (g >= group.n_events)
+        if (g >= head.n_events)
             continue;
-        const int64_t out = (group.first_closed + group.first + g) * n_kv + j;
+        const int64_t out = (head.first_closed + g) * n_kv + j;
         ts::bf16 *state = (ts::bf16 *)a.next_states + out * D * D + column + begin + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < kColumns / 8; i++)
             ts::store2(state + 8 * i, acc[r / 2][i][r % 2 * 2], acc[r / 2][i][r % 2 * 2 + 1]);
-    }
-    // z^: a block has its share of the events, a thread one element and a share of the list.
-    constexpr int kEvents = kGroup / (D * D / kWide), kShares = kThreads / D;
-    const int g0 = blockIdx.x * kEvents, e = tid % D;
-    float mass[kEvents] = {};
-#pragma unroll 4
-    for (int k = tid / D; k < n; k += kShares) {
-        const int64_t at = a.list_at[list + k];
-        const float z = at >= 0 ? a.cache.slot_mass[at * D + e] : a.tile_masses[(~at * n_kv + j) * D + e];
-#pragma unroll
-        for (int g = 0; g < kEvents; g++)
-            mass[g] += a.list_weights[(list + k) * kGroup + g0 + g] * z;
     }
     float *shares = (float *)states; // [kThreads, kEvents]
     __syncthreads();
@@ -485,10 +519,10 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
     __syncthreads();
     for (int i = tid; i < kEvents * D; i += kThreads) {
         float sum = 0;
-        for (int share = 0; share < kShares; share++)
-            sum += shares[i / D * kThreads + share * D + i % D];
-        if (g0 + i / D < group.n_events)
-            a.next_masses[((group.first_closed + group.first + g0 + i / D) * n_kv + j) * D + i % D] = sum;
+        for (int k = 0; k < kShares; k++)
+            sum += shares[i / D * kThreads + k * D + i % D];
+        if (g0 + i / D < head.n_events)
+            a.next_masses[((head.first_closed + g0 + i / D) * n_kv + j) * D + i % D] = sum;
     }
 }
 
