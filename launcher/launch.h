@@ -10,11 +10,12 @@
 
 // Options that several subcommands share.
 typedef struct ts_launch_options {
-    const char *model;  // directory
-    const char *device; // "cpu", "cuda" or "auto": cuda where a GPU is visible
-    const char *dtype;  // "f32", "bf16" or NULL: what suits the device
-    int tp, dp;         // 0: what the number of ranks leaves
-    int n_threads;      // 0: this rank's share of the processors
+    const char *model;    // directory
+    const char *device;   // "cpu", "cuda" or "auto": cuda where a GPU is visible
+    const char *dtype;    // "f32", "bf16" or NULL: what suits the device
+    ts_dtype cache_dtype; // of held tile states; TS_N_DTYPES: the arithmetic's
+    int tp, dp;           // 0: what the number of ranks leaves
+    int n_threads;        // 0: this rank's share of the processors
     int64_t prefill_chunk;
     bool help;
 } ts_launch_options;
@@ -32,6 +33,7 @@ enum {
     TS_OPTION_MODEL = 256,
     TS_OPTION_DEVICE,
     TS_OPTION_DTYPE,
+    TS_OPTION_CACHE_DTYPE,
     TS_OPTION_TP,
     TS_OPTION_DP,
     TS_OPTION_THREADS,
@@ -41,6 +43,7 @@ enum {
 };
 #define TS_LAUNCH_OPTIONS                                                                                              \
     {"model", required_argument, NULL, TS_OPTION_MODEL}, {"device", required_argument, NULL, TS_OPTION_DEVICE},        \
+        {"cache-dtype", required_argument, NULL, TS_OPTION_CACHE_DTYPE},                                               \
         {"dtype", required_argument, NULL, TS_OPTION_DTYPE}, {"tp", required_argument, NULL, TS_OPTION_TP},            \
         {"dp", required_argument, NULL, TS_OPTION_DP}, {"threads", required_argument, NULL, TS_OPTION_THREADS},        \
         {"prefill-chunk", required_argument, NULL, TS_OPTION_PREFILL_CHUNK}, {                                         \
@@ -54,7 +57,8 @@ enum {
     "  --threads N          threads of each rank (default: its share of the processors)\n"                             \
     "  --prefill-chunk N    prompt tokens read in one step (default 1024)\n"                                           \
     "  --device NAME        cpu, cuda, or auto: cuda where a GPU is visible (default auto)\n"                          \
-    "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"
+    "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"                  \
+    "  --cache-dtype NAME   states of held tiles: f32, bf16 or fp8 (default: as the arithmetic)\n"
 
 // A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
 ts_status ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,

@@ -190,6 +190,7 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, ts_device *
     device->base.ops = &ts_cuda_ops;
     device->base.packs_prefill = true; // every op computes a row alike whatever rows stand beside it
     device->base.compute_dtype = compute_dtype;
+    device->base.slot_dtype = compute_dtype;
     device->ordinal = ordinal;
     device->n_multiprocessors = properties.multiProcessorCount;
     device->capability = 10 * properties.major + properties.minor;
