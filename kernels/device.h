@@ -54,6 +54,9 @@ struct ts_device {
     bool packs_prefill;
     // Of a model's activations, but for its residual stream and logits, which are F32.
     ts_dtype compute_dtype;
+    // Of tile states held in a cache for this device: the compute dtype, unless whoever creates the device sets F32,
+    // BF16 or FP8_E4M3 before any cache is made.
+    ts_dtype slot_dtype;
 };
 
 // Frees the device; what was allocated on it must have been released. Accepts NULL.

@@ -58,7 +58,8 @@ typedef struct ts_tile_cache_layer {
     int64_t n_pages, page_table_stride;
     const int32_t *page_table;
     ts_dtype slot_dtype;
-    void *slot_state;             // [d, d] S_t, eq. (7), of slot_dtype
+    void *slot_state;             // [d, d] S_t, eq. (7), of slot_dtype: F32, BF16, or FP8_E4M3 in units of slot_scale
+    float *slot_scale;            // [d] largest magnitude of each row of S_t over 448; FP8_E4M3 only, else NULL
     float *slot_mass;             // [d] z_t
     double *slot_decay_end;       // [1] E_t
     double *slot_key;             // [1] key_t = log sum z_t - E_t

@@ -206,8 +206,8 @@ ts_status ts_command_bench(ts_launch *launch, int argc, char **argv) {
     if (shared.help)
         goto done;
     TS_TRY(ts_launch_model(launch, &shared, false));
-    const ts_tile_cache_shape shape =
-        ts_tile_cache_shape_of(ts_model_config(launch->model), ts_group_size(launch->world));
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(launch->model), ts_group_size(launch->world));
+    shape.slot_dtype = launch->device->slot_dtype;
     const int64_t n_pages[] = {ts_tile_cache_pages_for(&shape, options.tokens),
                                options.batch * ts_tile_cache_pages_for(&shape, options.steps)};
     b.chunk = shared.prefill_chunk;

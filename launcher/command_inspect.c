@@ -5,9 +5,10 @@
 #include <stdio.h>
 
 static const char usage[] =
-    "usage: tessera inspect --model DIR [--json]\n\n"
+    "usage: tessera inspect --model DIR [--cache-dtype NAME] [--json]\n\n"
     "Shows what a model directory holds: shapes, parameters, bytes, sparsity, and the memory a context takes.\n\n"
     "  --model DIR          directory with config.json and model.safetensors (or its index)\n"
+    "  --cache-dtype NAME   states of held tiles, whose memory is shown: f32 (default), bf16 or fp8\n"
     "  --json               one JSON object\n"
     "\nexample:\n"
     "  tessera inspect --model configs/models/demo\n";
@@ -20,8 +21,9 @@ static ts_status parse_own(void *context, int option, const char *value) {
 }
 
 // Bytes of one tile of one KV head in the cache, over its tokens.
-static json_t *describe(const ts_config *config, int64_t n_parameters, int64_t n_bytes) {
-    const ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, 1);
+static json_t *describe(const ts_config *config, ts_dtype slot_dtype, int64_t n_parameters, int64_t n_bytes) {
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, 1);
+    shape.slot_dtype = slot_dtype;
     const ts_sparsity *rules = &config->sparsity;
     json_t *object = json_pack(
         "{s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:b, s:i, s:I, s:I}", "vocab_size", config->vocab_size, "hidden_size",
@@ -51,7 +53,7 @@ static json_t *describe(const ts_config *config, int64_t n_parameters, int64_t n
     return object;
 }
 
-static void print_table(const char *dir, const ts_config *config, const json_t *o) {
+static void print_table(const char *dir, const ts_config *config, ts_dtype slot_dtype, const json_t *o) {
 #define INT(key) ((long long)json_integer_value(json_object_get(o, key)))
     printf("model              %s\n", dir);
     printf("layers             %d of hidden size %d, mlp %s of %d\n", config->n_layers, config->hidden_size,
@@ -70,8 +72,9 @@ static void print_table(const char *dir, const ts_config *config, const json_t *
     printf("sparsity           prune_ratio %g, skip_share %g, %lld cache tiles in %d lanes, %d recent, %d sink\n",
            rules->prune_ratio, rules->skip_share, (long long)rules->cache_tiles, rules->cache_lanes,
            rules->recent_tiles, rules->sink_tiles);
-    printf("cache              %lld bytes a sequence, and %.1f bytes a token of context while tiles are kept (f32)\n",
-           INT("sequence_bytes"), json_real_value(json_object_get(o, "bytes_per_context_token")));
+    printf("cache              %lld bytes a sequence, and %.1f bytes a token of context while tiles are kept (%s)\n",
+           INT("sequence_bytes"), json_real_value(json_object_get(o, "bytes_per_context_token")),
+           ts_dtype_name(slot_dtype));
     if (json_object_get(o, "context_bytes_at_most"))
         printf("                   at most %lld bytes of tiles, however long the context\n",
                INT("context_bytes_at_most"));
@@ -81,6 +84,7 @@ static void print_table(const char *dir, const ts_config *config, const json_t *
 ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
     static const struct option table[] = {
         {"model", required_argument, NULL, TS_OPTION_MODEL},
+        {"cache-dtype", required_argument, NULL, TS_OPTION_CACHE_DTYPE},
         {"json", no_argument, NULL, OPTION_JSON},
         {"help", no_argument, NULL, TS_OPTION_HELP},
         {0},
@@ -104,13 +108,14 @@ ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
         n_bytes += (int64_t)tensor->n_bytes;
         n_parameters += (int64_t)(tensor->n_bytes / ts_dtype_bytes(tensor->dtype));
     }
-    object = describe(&config, n_parameters, n_bytes);
+    const ts_dtype slot_dtype = shared.cache_dtype == TS_N_DTYPES ? TS_F32 : shared.cache_dtype;
+    object = describe(&config, slot_dtype, n_parameters, n_bytes);
     TS_CHECK(object, TS_ERR_MEMORY, "inspect: out of memory");
     if (as_json) {
         json_dumpf(object, stdout, JSON_INDENT(2));
         putchar('\n');
     } else {
-        print_table(shared.model, &config, object);
+        print_table(shared.model, &config, slot_dtype, object);
     }
 done:
     json_decref(object);

@@ -49,7 +49,7 @@ static ts_status parse_own(void *context, int option, const char *value) {
 static ts_status plan_cache(ts_launch *launch, const run_options *options, int64_t *n_pages) {
     ts_status status = TS_OK;
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(launch->model), ts_grid_extent(launch->grid).tp);
-    shape.slot_dtype = launch->device->compute_dtype;
+    shape.slot_dtype = launch->device->slot_dtype;
     size_t free_bytes, total_bytes, cache_bytes = (size_t)options->cache_bytes;
     ts_memory_plan plan;
     int64_t *all = malloc((size_t)ts_group_size(launch->world) * sizeof *all);
@@ -130,7 +130,7 @@ ts_status ts_command_run(ts_launch *launch, int argc, char **argv) {
         launch, ts_tokenizer_create(shared.model, config->tokenizer[0] ? config->tokenizer : NULL, &tokenizer)));
     ts_replica_options limits = {
         .max_sequences = (int32_t)options.max_batch,
-        .slot_dtype = launch->device->compute_dtype,
+        .slot_dtype = launch->device->slot_dtype,
         .prefill_chunk = shared.prefill_chunk,
     };
     TS_TRY(plan_cache(launch, &options, &limits.n_pages));

@@ -61,6 +61,19 @@ static ts_status parse_shared(int option, const char *value, ts_launch_options *
                  "--cuda-kernels is \"%s\"; own or sm_80 are allowed", value);
         out->cuda_capability = strcmp(value, "sm_80") == 0 ? 80 : 0;
         break;
+    case TS_OPTION_CACHE_DTYPE: {
+        static const struct {
+            const char *name;
+            ts_dtype dtype;
+        } names[] = {{"f32", TS_F32}, {"bf16", TS_BF16}, {"fp8", TS_FP8_E4M3}};
+        size_t i = 0;
+        while (i < sizeof names / sizeof *names && strcmp(value, names[i].name) != 0)
+            i++;
+        TS_CHECK(i < sizeof names / sizeof *names, TS_ERR_INVALID,
+                 "--cache-dtype is \"%s\"; f32, bf16 or fp8 are allowed", value);
+        out->cache_dtype = names[i].dtype;
+        break;
+    }
     case TS_OPTION_TP:
         TS_TRY(ts_launch_parse_number("tp", value, 1, 65536, false, &number));
         out->tp = (int)number;
@@ -101,7 +114,7 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
                           ts_launch_options *out, ts_status (*own)(void *context, int option, const char *value),
                           void *context) {
     ts_status status = TS_OK;
-    *out = (ts_launch_options){.device = "auto", .prefill_chunk = 1024};
+    *out = (ts_launch_options){.device = "auto", .prefill_chunk = 1024, .cache_dtype = TS_N_DTYPES};
     opterr = 0;
     optind = 1;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
@@ -170,11 +183,13 @@ static ts_status create_device(ts_launch *launch, const ts_launch_options *optio
         const bool wants_f32 = options->dtype && !wants_bf16;
         TS_TRY(
             ts_devices_create_cuda(ordinal, wants_f32 ? TS_F32 : TS_BF16, options->cuda_capability, &launch->device));
-        goto done;
+    } else {
+        TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");
+        TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),
+                                    &launch->device));
     }
-    TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");
-    TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),
-                                &launch->device));
+    if (options->cache_dtype != TS_N_DTYPES)
+        launch->device->slot_dtype = options->cache_dtype;
 done:
     return status;
 }

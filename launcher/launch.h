@@ -10,12 +10,13 @@
 
 // Options that several subcommands share.
 typedef struct ts_launch_options {
-    const char *model;   // directory
-    const char *device;  // "cpu", "cuda" or "auto": cuda where a GPU is visible
-    const char *dtype;   // "f32", "bf16" or NULL: what suits the device
-    int cuda_capability; // of the kernels that a GPU runs: 0 its own, 80 those of an A100
-    int tp, dp;          // 0: what the number of ranks leaves
-    int n_threads;       // 0: this rank's share of the processors
+    const char *model;    // directory
+    const char *device;   // "cpu", "cuda" or "auto": cuda where a GPU is visible
+    const char *dtype;    // "f32", "bf16" or NULL: what suits the device
+    ts_dtype cache_dtype; // of held tile states; TS_N_DTYPES: the arithmetic's
+    int cuda_capability;  // of the kernels that a GPU runs: 0 its own, 80 those of an A100
+    int tp, dp;           // 0: what the number of ranks leaves
+    int n_threads;        // 0: this rank's share of the processors
     int64_t prefill_chunk;
     bool help;
 } ts_launch_options;
@@ -34,6 +35,7 @@ enum {
     TS_OPTION_DEVICE,
     TS_OPTION_DTYPE,
     TS_OPTION_CUDA_KERNELS,
+    TS_OPTION_CACHE_DTYPE,
     TS_OPTION_TP,
     TS_OPTION_DP,
     TS_OPTION_THREADS,
@@ -43,6 +45,7 @@ enum {
 };
 #define TS_LAUNCH_OPTIONS                                                                                              \
     {"model", required_argument, NULL, TS_OPTION_MODEL}, {"device", required_argument, NULL, TS_OPTION_DEVICE},        \
+        {"cache-dtype", required_argument, NULL, TS_OPTION_CACHE_DTYPE},                                               \
         {"dtype", required_argument, NULL, TS_OPTION_DTYPE},                                                           \
         {"cuda-kernels", required_argument, NULL, TS_OPTION_CUDA_KERNELS},                                             \
         {"tp", required_argument, NULL, TS_OPTION_TP}, {"dp", required_argument, NULL, TS_OPTION_DP},                  \
@@ -60,10 +63,12 @@ enum {
     "  --device NAME        cpu, cuda, or auto: cuda where a GPU is visible (default auto)\n"                          \
     "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"                  \
     "  --cuda-kernels NAME  own: those made for the GPU; sm_80: those of an A100, on any (default own)\n"
+"  --cache-dtype NAME   states of held tiles: f32, bf16 or fp8 (default: as the arithmetic)\n"
 
-// A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
-ts_status ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,
-                                 int64_t *out);
+    // A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
+    ts_status
+    ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,
+                           int64_t *out);
 
 // Parses argv for a subcommand. Shared options go to *out; others to `own(context, option, value)`. With --help, prints
 // `usage` on rank 0 and sets out->help.

@@ -20,7 +20,7 @@ typedef struct ts_feed_counts {
 ts_status ts_feed_check_tokens(const ts_config *config, const char *where, const int32_t *tokens, int64_t n_tokens);
 
 // Runs tokens [n_tokens], all inside the vocabulary, as one sequence from its beginning. Collective over `tp`, the
-// group of the model. Tile states are held in the device's compute dtype. counts may be NULL. A visitor's failure ends
+// group of the model. Tile states are held in the device's slot_dtype. counts may be NULL. A visitor's failure ends
 // the run with its status.
 ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const int32_t *tokens, int64_t n_tokens,
                          ts_feed_options options, ts_feed_visitor visit, void *context, ts_feed_counts *counts);

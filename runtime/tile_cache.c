@@ -32,7 +32,7 @@ typedef struct layer_array {
     bool per_page;
 } layer_array;
 
-enum { MAX_ARRAYS = 14 };
+enum { MAX_ARRAYS = 15 };
 
 static size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
@@ -40,6 +40,7 @@ static size_t aligned(size_t n_bytes) {
 
 static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX_ARRAYS]) {
     const size_t d = (size_t)shape->head_dim, T = (size_t)shape->tile_size;
+    const bool is_fp8 = shape->slot_dtype == TS_FP8_E4M3;
     const layer_array all[] = {
         {offsetof(ts_tile_cache_layer, open_k), T * d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, open_v), T * d * sizeof(float), false},
@@ -51,6 +52,7 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
         {offsetof(ts_tile_cache_layer, pairs), 2 * sizeof(int64_t), false},
         {offsetof(ts_tile_cache_layer, n_held), sizeof(int32_t), false},
         {offsetof(ts_tile_cache_layer, slot_state), d * d * ts_dtype_bytes(shape->slot_dtype), true},
+        {offsetof(ts_tile_cache_layer, slot_scale), is_fp8 ? d * sizeof(float) : 0, true},
         {offsetof(ts_tile_cache_layer, slot_mass), d * sizeof(float), true},
         {offsetof(ts_tile_cache_layer, slot_decay_end), sizeof(double), true},
         {offsetof(ts_tile_cache_layer, slot_key), sizeof(double), true},
@@ -59,7 +61,7 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
     static_assert(sizeof all / sizeof *all == MAX_ARRAYS, "layer_array table");
     int n = 0;
     for (int i = 0; i < MAX_ARRAYS; i++)
-        if (!all[i].per_page || shape->is_sparse)
+        if (all[i].bytes > 0 && (!all[i].per_page || shape->is_sparse))
             arrays[n++] = all[i];
     return n;
 }

@@ -63,6 +63,50 @@ static inline float ts_f16_to_f32(uint16_t x) {
     return f;
 }
 
+// Rounds to nearest, ties to even.
+static inline uint16_t ts_bf16_from_f32(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x)
+        return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+#define TS_FP8_E4M3_MAX 448.0f
+
+// FP8 e4m3: sign, four bits of exponent with bias 7, three of mantissa; no infinity, NaN is 0x7f.
+static inline float ts_fp8_to_f32(uint8_t x) {
+    const uint32_t magnitude = (uint32_t)(x & 0x7f) << 20, sign = (uint32_t)(x & 0x80) << 24;
+    uint32_t bits;
+    float f;
+    memcpy(&f, &magnitude, sizeof f);
+    f *= 0x1p120f; // subnormals included
+    memcpy(&bits, &f, sizeof bits);
+    bits |= (x & 0x7f) == 0x7f ? sign | 0x7fc00000u : sign;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// Rounds to nearest, ties to even; beyond the largest, the largest.
+static inline uint8_t ts_fp8_from_f32(float x) {
+    uint32_t bits, magnitude;
+    memcpy(&bits, &x, sizeof bits);
+    magnitude = bits & 0x7fffffffu;
+    const uint8_t sign = (uint8_t)(bits >> 24 & 0x80u);
+    if (magnitude > 0x7f800000u)
+        return sign | 0x7f;
+    if (magnitude < 0x3c800000u) { // below 2^-6: in units of 2^-9, which adding 1.5 * 2^14 leaves in the low bits
+        float f;
+        memcpy(&f, &magnitude, sizeof f);
+        f += 24576.0f;
+        memcpy(&magnitude, &f, sizeof magnitude);
+        return sign | (uint8_t)(magnitude - 0x46c00000u);
+    }
+    magnitude = (magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+    magnitude = magnitude > 960 + 0x7e ? 960 + 0x7e : magnitude; // 960: the exponents' biases differ by 120
+    return sign | (uint8_t)(magnitude - 960);
+}
+
 #ifdef __cplusplus
 }
 #endif

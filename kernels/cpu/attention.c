@@ -425,8 +425,9 @@ done:
 }
 
 ts_status TS_ISA(attention)(ts_device *device, const ts_attention_args *args) {
-    if (args->cache->is_sparse && args->cache->slot_dtype != TS_F32)
-        return TS_FAIL(TS_ERR_UNSUPPORTED, "cpu: attention: tile states of %s; F32 is stored",
-                       ts_dtype_name(args->cache->slot_dtype));
+    const ts_dtype slots = args->cache->slot_dtype;
+    if (args->cache->is_sparse && slots != TS_F32 && slots != TS_BF16 && slots != TS_FP8_E4M3)
+        return TS_FAIL(TS_ERR_UNSUPPORTED, "cpu: attention: tile states of %s; F32, BF16 and FP8_E4M3 are stored",
+                       ts_dtype_name(slots));
     return args->batch->decode ? decode(device, args) : prefill(device, args);
 }

@@ -134,6 +134,7 @@ ts_status ts_cpu_device_create(int n_threads, ts_device **out) {
     // OpenBLAS may round a row differently when more rows stand beside it.
     device->base.packs_prefill = false;
     device->base.compute_dtype = TS_F32;
+    device->base.slot_dtype = TS_F32;
     device->n_threads = n_threads;
     // Each of our threads makes products of its own; OpenBLAS must not start more inside them.
     openblas_set_num_threads(1);

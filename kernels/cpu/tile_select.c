@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/simd.h"
 
+#include <float.h>
 #include <math.h>
 
 // The slots of one sequence and KV head.
@@ -15,12 +16,64 @@ TS_INLINE int64_t slot_at(const head_slots *slots, int64_t i) {
     return slots->base + slots->pages[i];
 }
 
+TS_INLINE void add_scaled(float *sum, const float *x, float scale, int64_t n) {
+    for (int64_t i = 0; i < n; i += TS_LANES)
+        ts_vec_store(sum + i, ts_vec_load(sum + i) + scale * ts_vec_load(x + i));
+}
+
+// Keeps S_t in the slots' dtype; FP8 in units of each row's largest magnitude over the largest FP8.
+static void state_store(const ts_tile_cache_layer *cache, size_t at, const float *state) {
+    const size_t d = (size_t)cache->head_dim;
+    if (cache->slot_dtype == TS_F32) {
+        memcpy((float *)cache->slot_state + at * d * d, state, d * d * sizeof(float));
+        return;
+    }
+    if (cache->slot_dtype == TS_BF16) {
+        uint16_t *out = (uint16_t *)cache->slot_state + at * d * d;
+        for (size_t i = 0; i < d * d; i++)
+            out[i] = ts_bf16_from_f32(state[i]);
+        return;
+    }
+    uint8_t *out = (uint8_t *)cache->slot_state + at * d * d;
+    for (size_t r = 0; r < d; r++) {
+        float largest = 0;
+        for (size_t i = 0; i < d; i++)
+            largest = fmaxf(largest, fabsf(state[r * d + i]));
+        const float scale = largest / TS_FP8_E4M3_MAX, inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+        for (size_t i = 0; i < d; i++)
+            out[r * d + i] = ts_fp8_from_f32(state[r * d + i] * inverse);
+        cache->slot_scale[at * d + r] = scale;
+    }
+}
+
+// sum += reach S_t.
+static void state_add(const ts_tile_cache_layer *cache, size_t at, float reach, float *sum) {
+    const size_t d = (size_t)cache->head_dim;
+    if (cache->slot_dtype == TS_F32) {
+        add_scaled(sum, (const float *)cache->slot_state + at * d * d, reach, (int64_t)(d * d));
+    } else if (cache->slot_dtype == TS_BF16) {
+        const uint16_t *state = (const uint16_t *)cache->slot_state + at * d * d;
+        for (size_t i = 0; i < d * d; i += TS_LANES)
+            ts_vec_store(sum + i, ts_vec_load(sum + i) + reach * ts_vec_load_bf16(state + i));
+    } else {
+        const uint8_t *state = (const uint8_t *)cache->slot_state + at * d * d;
+        for (size_t r = 0; r < d; r++) {
+            const float scale = reach * cache->slot_scale[at * d + r];
+            for (size_t i = r * d; i < (r + 1) * d; i++)
+                sum[i] += scale * ts_fp8_to_f32(state[i]);
+        }
+    }
+}
+
 static void slot_move(const head_slots *slots, int64_t to, int64_t from) {
     const ts_tile_cache_layer *cache = slots->cache;
     const size_t d = (size_t)cache->head_dim;
     const size_t a = (size_t)slot_at(slots, to), b = (size_t)slot_at(slots, from);
-    float *states = cache->slot_state;
-    memcpy(states + a * d * d, states + b * d * d, d * d * sizeof(float));
+    const size_t state_bytes = d * d * ts_dtype_bytes(cache->slot_dtype);
+    char *states = cache->slot_state;
+    memcpy(states + a * state_bytes, states + b * state_bytes, state_bytes);
+    if (cache->slot_dtype == TS_FP8_E4M3)
+        memcpy(cache->slot_scale + a * d, cache->slot_scale + b * d, d * sizeof(float));
     memcpy(cache->slot_mass + a * d, cache->slot_mass + b * d, d * sizeof(float));
     cache->slot_decay_end[a] = cache->slot_decay_end[b];
     cache->slot_key[a] = cache->slot_key[b];
@@ -30,7 +83,7 @@ static void slot_move(const head_slots *slots, int64_t to, int64_t from) {
 static void slot_store(const head_slots *slots, int64_t i, const ts_closed_tile *closed, double decay_end, double key) {
     const ts_tile_cache_layer *cache = slots->cache;
     const size_t d = (size_t)cache->head_dim, at = (size_t)slot_at(slots, i);
-    memcpy((float *)cache->slot_state + at * d * d, closed->state, d * d * sizeof(float));
+    state_store(cache, at, closed->state);
     memcpy(cache->slot_mass + at * d, closed->mass, d * sizeof(float));
     cache->slot_decay_end[at] = decay_end;
     cache->slot_key[at] = key;
@@ -81,11 +134,6 @@ TS_INLINE float dot(const float *a, const float *b, int64_t d) {
     return ts_vec_sum(sum);
 }
 
-TS_INLINE void add_scaled(float *sum, const float *x, float scale, int64_t n) {
-    for (int64_t i = 0; i < n; i += TS_LANES)
-        ts_vec_store(sum + i, ts_vec_load(sum + i) + scale * ts_vec_load(x + i));
-}
-
 // Rule 3 and eq. (8). Returns how many tiles were selected.
 static int64_t select_tiles(const head_slots *slots, int64_t n_held, int64_t next, double decay_end,
                             const float *mean_query, double *scores, float *state, float *mass) {
@@ -110,7 +158,7 @@ static int64_t select_tiles(const head_slots *slots, int64_t n_held, int64_t nex
         const float reach = ts_exp((float)(decay_end - cache->slot_decay_end[at]));
         if (reach == 0.0f)
             continue;
-        add_scaled(state, (const float *)cache->slot_state + at * d * d, reach, d * d);
+        state_add(cache, (size_t)at, reach, state);
         add_scaled(mass, cache->slot_mass + at * d, reach, d);
     }
     return n_selected;

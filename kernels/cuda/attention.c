@@ -1,13 +1,17 @@
 // Eqs. (1) to (9) over a batch.
 //
 // Prefill: (1) tiles: features, decay and the states of the tiles that complete, every piece by itself; (2) rules:
-// which tile is held when; (3) select: S^ for every tile that follows a completed one; (4) outputs; (5) store: the
-// cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
-// recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
+// which tile is held when; (3) select, in waves of bounded memory: S^ for every tile that follows a completed one; (4)
+// outputs; (5) store: the cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in
+// dense form, the recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
 // Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form passes
 // 1, 2, 3 and 5 close those.
 #include "kernels/cuda/attention.h"
+
+// Lists of one wave of selection (tile_select.cu): a prefill of any length takes no more, beyond one group's lists.
+#define LIST_BYTES ((size_t)320 << 20)
+enum { MOST_WAVE_GROUPS = 32768 }; // a grid's second dimension
 
 static void *carve(char **at, size_t n_bytes) {
     void *out = *at;
@@ -20,8 +24,11 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     const size_t n_kv = (size_t)a->cache.n_kv_heads, d = (size_t)a->cache.head_dim;
     const size_t n_pieces = (size_t)a->pieces.n_pieces, n_closed = (size_t)a->pieces.n_closed * n_kv;
     const size_t n_rows = a->is_appended ? 0 : (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
-    const size_t n_slots = a->cache.is_sparse ? n_spans * (size_t)a->cache.page_table_stride : 0;
-    const size_t state_bytes = ts_dtype_bytes(a->cache.is_sparse ? a->cache.slot_dtype : TS_F32);
+    const bool is_sparse = a->cache.is_sparse, is_rounded = is_sparse && a->cache.slot_dtype == TS_FP8_E4M3;
+    const size_t n_slots = is_sparse ? n_spans * (size_t)a->held_stride : 0;
+    const size_t n_held_ranges = is_sparse ? n_spans * (size_t)a->held_ranges_stride : 0;
+    const size_t n_groups = is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
+    const size_t state_bytes = ts_dtype_bytes(is_rounded ? a->qkvg.dtype : is_sparse ? a->cache.slot_dtype : TS_F32);
     char *at = memory;
     a->c = carve(&at, n_rows * sizeof *a->c);
     a->gate = carve(&at, n_rows * sizeof *a->gate);
@@ -39,12 +46,56 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
     a->holes = carve(&at, n_slots * sizeof *a->holes);
     a->joining_keys = carve(&at, (n_closed + n_spans * (size_t)a->n_lead) * sizeof *a->joining_keys);
-    const size_t n_lists = a->cache.is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
-    const size_t n_listed = n_lists * (size_t)a->list_stride;
-    a->list_at = carve(&at, n_listed * sizeof *a->list_at);
-    a->list_weights = carve(&at, n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
-    a->list_lengths = carve(&at, n_lists * sizeof *a->list_lengths);
+    a->stored_states = is_rounded ? carve(&at, n_closed * d * d) : a->tile_states;
+    a->stored_scales = is_rounded ? carve(&at, n_closed * d * sizeof *a->stored_scales) : NULL;
+    a->held_ranges = carve(&at, n_held_ranges * sizeof *a->held_ranges);
+    a->tile_ranges = carve(&at, n_groups * sizeof *a->tile_ranges);
+    a->held_range_masses = carve(&at, n_held_ranges * d * sizeof *a->held_range_masses);
+    a->tile_range_masses = carve(&at, n_groups * d * sizeof *a->tile_range_masses);
+    a->lists = carve(&at, n_groups * sizeof *a->lists);
+    a->list_at = carve(&at, a->n_listed * sizeof *a->list_at);
+    a->list_weights = carve(&at, a->n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
     return (size_t)(at - memory);
+}
+
+// Where the next wave of groups begins.
+typedef struct wave_place {
+    int32_t span;
+    int64_t group; // of the span
+} wave_place;
+
+static int64_t ranges_of(int64_t n_tiles) {
+    return (n_tiles + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
+}
+
+// Tiles that a span may hold before the batch.
+static int64_t most_held(const ts_tile_cache_layer *cache, const ts_span *span) {
+    const int64_t n_tiles = span->position / cache->tile_size;
+    return n_tiles < cache->page_table_stride ? n_tiles : cache->page_table_stride;
+}
+
+// The groups after the last wave: as many as LIST_BYTES hold lists for, but at least one. False where none is left.
+static bool next_wave(const ts_batch *batch, wave_place *next, ts_cuda_attention *a) {
+    const size_t entry_bytes =
+        (size_t)a->cache.n_kv_heads * (sizeof *a->list_at + TS_CUDA_GROUP * sizeof *a->list_weights);
+    a->first_group += a->n_wave_groups;
+    a->n_wave_groups = 0;
+    a->list_stride = 0;
+    while (next->span < batch->n_spans && a->n_wave_groups < MOST_WAVE_GROUPS) {
+        const ts_span *span = &batch->spans[next->span];
+        if (next->group == ranges_of(ts_span_tiles_completed(span, a->cache.tile_size))) {
+            *next = (wave_place){next->span + 1, 0};
+            continue;
+        }
+        const int64_t n_ranges = ranges_of(most_held(&a->cache, span)) + next->group + 1;
+        const int64_t stride = n_ranges * TS_CUDA_GROUP > a->list_stride ? n_ranges * TS_CUDA_GROUP : a->list_stride;
+        if (a->n_wave_groups > 0 && (size_t)(a->n_wave_groups + 1) * (size_t)stride * entry_bytes > LIST_BYTES)
+            break;
+        a->list_stride = stride;
+        a->n_wave_groups++;
+        next->group++;
+    }
+    return a->n_wave_groups > 0;
 }
 
 // Finds out the pieces of the batch and gives them and the passes their memory.
@@ -52,6 +103,7 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_clo
     ts_status status = TS_OK;
     const int64_t T = a->cache.tile_size;
     int64_t most_lead = 0;
+    wave_place next = {0, 0};
     void *scratch;
     ts_cuda_pieces_count(batch, (int32_t)T, only_closing, &a->pieces);
     if (a->pieces.n_pieces == 0)
@@ -59,11 +111,17 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_clo
     for (int32_t s = 0; s < batch->n_spans; s++) {
         const int64_t before = batch->spans[s].position / T;
         const int64_t events = ts_span_tiles_completed(&batch->spans[s], (int32_t)T);
+        const int64_t held = most_held(&a->cache, &batch->spans[s]);
         most_lead = before > most_lead ? before : most_lead;
+        a->held_stride = held > a->held_stride ? held : a->held_stride;
         a->most_events = events > a->most_events ? events : a->most_events;
     }
     a->n_lead = most_lead < a->cache.sparsity.recent_tiles ? (int32_t)most_lead : a->cache.sparsity.recent_tiles;
-    a->list_stride = a->cache.page_table_stride + a->most_events;
+    a->held_ranges_stride = ranges_of(a->held_stride);
+    while (a->cache.is_sparse && next_wave(batch, &next, a)) {
+        const size_t n_listed = (size_t)(a->n_wave_groups * a->cache.n_kv_heads * a->list_stride);
+        a->n_listed = n_listed > a->n_listed ? n_listed : a->n_listed;
+    }
     const size_t pieces_bytes = ts_cuda_pieces_bytes(&a->pieces);
     TS_TRY(ts_cuda_device_scratch(device, pieces_bytes + place(a, NULL), &scratch));
     place(a, (char *)scratch + pieces_bytes);
@@ -85,15 +143,31 @@ done:
     return status;
 }
 
+// What tiles that complete lead to: rules, selection in waves, storage; outputs between, where the batch has any.
+static ts_status close_tiles(cudaStream_t stream, const ts_batch *batch, ts_cuda_attention *a) {
+    ts_status status = TS_OK;
+    wave_place next = {0, 0};
+    TS_TRY(ts_cuda_tile_rules(stream, a));
+    if (a->cache.is_sparse) {
+        TS_TRY(ts_cuda_tile_round(stream, a));
+        a->first_group = a->n_wave_groups = 0;
+        while (next_wave(batch, &next, a))
+            TS_TRY(ts_cuda_tile_select(stream, a));
+    } else
+        TS_TRY(ts_cuda_tile_select(stream, a));
+    if (!a->is_appended)
+        TS_TRY(ts_cuda_attention_outputs(stream, a));
+    TS_TRY(ts_cuda_tile_store(stream, a));
+done:
+    return status;
+}
+
 static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
     ts_status status = TS_OK;
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     TS_TRY(prepare(device, batch, false, a));
     TS_TRY(ts_cuda_attention_tiles(stream, a));
-    TS_TRY(ts_cuda_tile_rules(stream, a));
-    TS_TRY(ts_cuda_tile_select(stream, a));
-    TS_TRY(ts_cuda_attention_outputs(stream, a));
-    TS_TRY(ts_cuda_tile_store(stream, a));
+    TS_TRY(close_tiles(stream, batch, a));
 done:
     return status;
 }
@@ -110,9 +184,7 @@ static ts_status decode(ts_device *device, const ts_batch *batch, ts_cuda_attent
     if (a->pieces.n_pieces == 0)
         goto done;
     TS_TRY(ts_cuda_attention_tiles(stream, a));
-    TS_TRY(ts_cuda_tile_rules(stream, a));
-    TS_TRY(ts_cuda_tile_select(stream, a));
-    TS_TRY(ts_cuda_tile_store(stream, a));
+    TS_TRY(close_tiles(stream, batch, a));
 done:
     return status;
 }
@@ -135,8 +207,10 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
     TS_CHECK(args->qkvg.dtype == args->y.dtype && is_aligned(&args->qkvg) && is_aligned(&args->y), TS_ERR_INVALID,
              "cuda: attention: qkvg and y must have one dtype and rows that begin at multiples of 16 bytes");
-    TS_CHECK(!a.cache.is_sparse || a.cache.slot_dtype == TS_F32 || a.cache.slot_dtype == TS_BF16, TS_ERR_UNSUPPORTED,
-             "cuda: attention: tile states of %s; F32 and BF16 are stored", ts_dtype_name(a.cache.slot_dtype));
+    TS_CHECK(!a.cache.is_sparse || a.cache.slot_dtype == TS_F32 || a.cache.slot_dtype == TS_BF16 ||
+                 a.cache.slot_dtype == TS_FP8_E4M3,
+             TS_ERR_UNSUPPORTED, "cuda: attention: tile states of %s; F32, BF16 and FP8_E4M3 are stored",
+             ts_dtype_name(a.cache.slot_dtype));
     if (args->batch->decode)
         TS_TRY(decode(device, args->batch, &a));
     else if (!a.cache.is_sparse && args->qkvg.dtype == TS_BF16)

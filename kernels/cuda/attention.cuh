@@ -5,24 +5,65 @@
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/attention.h"
 
+#include <cuda_fp8.h>
+#include <type_traits>
+
 namespace ts {
 
+// What FP8 tile states are made of.
+struct fp8 {
+    __nv_fp8_storage_t bits;
+};
+
+__device__ __forceinline__ float from_fp8(__nv_fp8_storage_t bits) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
+}
+
+// Four states of a matrix of rows of D, from `index` on.
+template <typename S, int D>
+__device__ __forceinline__ float4 state4(const void *states, const float *scales, int64_t at, int index) {
+    if constexpr (std::is_same<S, fp8>::value) {
+        const uchar4 bits = *(const uchar4 *)((const fp8 *)states + at * D * D + index);
+        const float scale = scales[at * D + index / D];
+        return make_float4(scale * from_fp8(bits.x), scale * from_fp8(bits.y), scale * from_fp8(bits.z),
+                           scale * from_fp8(bits.w));
+    } else {
+        return load4((const S *)states + at * D * D + index);
+    }
+}
+
+// Eight FP8 states of one row.
+__device__ __forceinline__ void unpack(const uint2 &raw, float scale, float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = scale * from_fp8((__nv_fp8_storage_t)((i < 4 ? raw.x : raw.y) >> i % 4 * 8));
+}
+
+// The dtype in which the tiles pass leaves states: the slots', but for FP8, to which they are rounded afterwards.
+template <typename A, typename S> struct raw_state { using type = S; };
+template <typename A> struct raw_state<A, fp8> { using type = A; };
+
 // Calls launch<A, S, D>(stream, a): A activations, S tile states, D head size.
+#define TS_ATTENTION_DISPATCH_SLOTS(launch, A, D, stream, a)                                                           \
+    do {                                                                                                               \
+        if (!(a)->cache.is_sparse || (a)->cache.slot_dtype == TS_F32)                                                  \
+            launch<A, float, D>(stream, a);                                                                            \
+        else if ((a)->cache.slot_dtype == TS_BF16)                                                                     \
+            launch<A, ts::bf16, D>(stream, a);                                                                         \
+        else                                                                                                           \
+            launch<A, ts::fp8, D>(stream, a);                                                                          \
+    } while (0)
 #define TS_ATTENTION_DISPATCH(launch, stream, a)                                                                       \
     do {                                                                                                               \
-        const bool wide_slots = !(a)->cache.is_sparse || (a)->cache.slot_dtype == TS_F32;                              \
         const bool d64 = (a)->cache.head_dim == 64;                                                                    \
-        if ((a)->qkvg.dtype == TS_F32) {                                                                               \
-            if (wide_slots)                                                                                            \
-                d64 ? launch<float, float, 64>(stream, a) : launch<float, float, 128>(stream, a);                      \
-            else                                                                                                       \
-                d64 ? launch<float, ts::bf16, 64>(stream, a) : launch<float, ts::bf16, 128>(stream, a);                \
-        } else {                                                                                                       \
-            if (wide_slots)                                                                                            \
-                d64 ? launch<ts::bf16, float, 64>(stream, a) : launch<ts::bf16, float, 128>(stream, a);                \
-            else                                                                                                       \
-                d64 ? launch<ts::bf16, ts::bf16, 64>(stream, a) : launch<ts::bf16, ts::bf16, 128>(stream, a);          \
-        }                                                                                                              \
+        if ((a)->qkvg.dtype == TS_F32 && d64)                                                                          \
+            TS_ATTENTION_DISPATCH_SLOTS(launch, float, 64, stream, a);                                                 \
+        else if ((a)->qkvg.dtype == TS_F32)                                                                            \
+            TS_ATTENTION_DISPATCH_SLOTS(launch, float, 128, stream, a);                                                \
+        else if (d64)                                                                                                  \
+            TS_ATTENTION_DISPATCH_SLOTS(launch, ts::bf16, 64, stream, a);                                              \
+        else                                                                                                           \
+            TS_ATTENTION_DISPATCH_SLOTS(launch, ts::bf16, 128, stream, a);                                             \
     } while (0)
 
 // One row of qkvg.

@@ -8,6 +8,18 @@
 extern "C" {
 #endif
 
+// Of neighbouring tiles: what bounds their scores (tile_select.cu).
+typedef struct ts_cuda_range {
+    double largest_key, end; // end: E of the newest of them
+    int32_t first_death, last_death;
+} ts_cuda_range;
+
+// Of the tiles that a group of events selects.
+typedef struct ts_cuda_list {
+    int64_t first_closed; // the group's first event, among the completed tiles of the batch
+    int32_t length, n_events;
+} ts_cuda_list;
+
 // One call of the op, passed to kernels by value. All pointers are device memory. Tiles that complete in the batch are
 // numbered as in pieces.closed; `s` is a span, `j` a KV head. An event of a span is the completion of one tile; events
 // are numbered from 0 within the span.
@@ -21,35 +33,46 @@ typedef struct ts_cuda_attention {
     float normalizer_eps;
     bool is_appended; // the tokens stand in the open tile and in query_sum already (decode)
 
-    double *c;             // [KV, n_rows] eq. (5)
-    float *gate;           // [KV, n_rows] eq. (2)
-    float *query_sums;     // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
-    void *tile_states;     // [n_closed, KV, d, d] S_t of the slots' dtype; f32 in dense form
-    float *tile_masses;    // [n_closed, KV, d] z_t
-    double *tile_decays;   // [KV, n_closed] c_last
-    double *tile_sums;     // [KV, n_closed] sum of z_t
-    double *tile_ends;     // [KV, n_closed] E_t
-    void *next_states;     // [n_closed, KV, d, d] S^ of the tile that follows, of the activations' dtype
-    float *next_masses;    // [n_closed, KV, d]
-    double *tile_keys;     // [KV, n_closed], and below: sparse form only
-    int32_t *tile_deaths;  // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
-    int32_t *tile_slots;   // [KV, n_closed] slot it is stored in; -1: none
-    int32_t *held_deaths;  // [n_spans, KV, page_table_stride] the same of the tiles held before the batch
-    int32_t *holes;        // [n_spans, KV, page_table_stride] slots that those leave
-    double *joining_keys;  // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
-    int64_t *list_at;      // [n_groups, KV, list_stride] tiles that a group of events selects: page, or ~index
-    float *list_weights;   // [n_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where the event selects it, else 0
-    int32_t *list_lengths; // [n_groups, KV]
-    int64_t list_stride;
-    int32_t n_lead;      // of joining_keys, how many of a span precede its first event
-    int64_t most_events; // of any span
+    double *c;                  // [KV, n_rows] eq. (5)
+    float *gate;                // [KV, n_rows] eq. (2)
+    float *query_sums;          // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
+    void *tile_states;          // [n_closed, KV, d, d] S_t of the slots' dtype; f32 in dense form, and the activations'
+                                // dtype before it is rounded to FP8
+    float *tile_masses;         // [n_closed, KV, d] z_t
+    double *tile_decays;        // [KV, n_closed] c_last
+    double *tile_sums;          // [KV, n_closed] sum of z_t
+    double *tile_ends;          // [KV, n_closed] E_t
+    void *next_states;          // [n_closed, KV, d, d] S^ of the tile that follows, of the activations' dtype
+    float *next_masses;         // [n_closed, KV, d]
+    double *tile_keys;          // [KV, n_closed], and below: sparse form only
+    int32_t *tile_deaths;       // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
+    int32_t *tile_slots;        // [KV, n_closed] slot it is stored in; -1: none
+    int32_t *held_deaths;       // [n_spans, KV, held_stride] the same of the tiles held before the batch
+    int32_t *holes;             // [n_spans, KV, held_stride] slots that those leave
+    double *joining_keys;       // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
+    void *stored_states;        // [n_closed, KV, d, d] S_t as the slots will hold it; tile_states itself but for FP8
+    float *stored_scales;       // [n_closed, KV, d] of FP8 states, like slot_scale
+    ts_cuda_range *held_ranges; // [n_spans, KV, held_ranges_stride] of TS_CUDA_GROUP slots each
+    ts_cuda_range *tile_ranges; // [KV, n_groups] of the tiles that complete at a group's events
+    float *held_range_masses, *tile_range_masses; // the same, [d]: sum of e^{end - E_t} z_t
+    // Of one wave of groups, first_group .. first_group + n_wave_groups - 1:
+    int64_t *list_at;    // [n_wave_groups, KV, list_stride] tiles that a group selects: page, or ~index
+    float *list_weights; // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0
+    ts_cuda_list *lists; // [n_wave_groups, KV]
+    int64_t first_group, n_wave_groups, list_stride;
+    size_t n_listed;                         // entries of the lists of the largest wave
+    int64_t held_stride, held_ranges_stride; // most tiles a span may have held before the batch, and their ranges
+    int32_t n_lead;                          // of joining_keys, how many of a span precede its first event
+    int64_t most_events;                     // of any span
 } ts_cuda_attention;
 
 // Features, decay, query sums; tokens that continue an open tile are appended to it; eq. (7) for tiles that complete.
 ts_status ts_cuda_attention_tiles(cudaStream_t stream, const ts_cuda_attention *a);
 // Eq. (6), keys, and when each tile stops being held: rules 1 and 2.
 ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a);
-// Eq. (8) and rule 3 for every event; in dense form the recurrence.
+// Rounds the states to FP8, where the slots hold that: what is selected does not depend on when a tile was stored.
+ts_status ts_cuda_tile_round(cudaStream_t stream, const ts_cuda_attention *a);
+// Eq. (8) and rule 3 for every event of one wave of groups; in dense form the recurrence.
 ts_status ts_cuda_tile_select(cudaStream_t stream, const ts_cuda_attention *a);
 // Eq. (9) for every piece.
 ts_status ts_cuda_attention_outputs(cudaStream_t stream, const ts_cuda_attention *a);

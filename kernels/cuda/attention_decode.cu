@@ -188,16 +188,18 @@ template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const 
     decode_kernel<A, D, T><<<grid, kThreadsOf<D>, bytes, stream>>>(*a);
 }
 
-template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    if (a->cache.tile_size == 64)
-        launch_tile<A, D, 64>(stream, a);
-    else if constexpr (D == 128)
-        launch_tile<A, D, 128>(stream, a);
+template <typename A> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+    if (a->cache.head_dim == 64)
+        launch_tile<A, 64, 64>(stream, a);
+    else if (a->cache.tile_size == 64)
+        launch_tile<A, 128, 64>(stream, a);
+    else
+        launch_tile<A, 128, 128>(stream, a);
 }
 
 } // namespace
 
 ts_status ts_cuda_attention_decode(cudaStream_t stream, const ts_cuda_attention *a) {
-    TS_ATTENTION_DISPATCH(launch, stream, a);
+    a->qkvg.dtype == TS_F32 ? launch<float>(stream, a) : launch<ts::bf16>(stream, a);
     return ts_cuda_status(cudaGetLastError(), "attention: decode");
 }

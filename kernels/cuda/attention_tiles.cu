@@ -337,11 +337,12 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
 }
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+    using W = typename ts::raw_state<A, S>::type;
     const int of_f32 = 2 * kChunk * D * (int)sizeof(float);
     const int of_bf16 = 2 * kChunk * (D + 8) * (int)sizeof(ts::bf16) + 2 * kThreads * 8 * (int)sizeof(float);
     const int bytes = std::is_same<A, float>::value ? of_f32 : of_bf16;
-    (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    tiles_kernel<A, S, D>
+    (void)cudaFuncSetAttribute(tiles_kernel<A, W, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    tiles_kernel<A, W, D>
         <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
 }
 

@@ -241,6 +241,7 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, int capabil
     device->base.ops = &ts_cuda_ops;
     device->base.packs_prefill = true; // every op computes a row alike whatever rows stand beside it
     device->base.compute_dtype = compute_dtype;
+    device->base.slot_dtype = compute_dtype;
     device->ordinal = ordinal;
     TS_TRY(ts_cuda_attention_dense_plan_create(&device->dense_plan));
     if (capability != 0)

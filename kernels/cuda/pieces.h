@@ -9,7 +9,8 @@
 extern "C" {
 #endif
 
-enum { TS_CUDA_GROUP = 16 };
+// Completed tiles of a span that are worked on together.
+enum { TS_CUDA_GROUP = 32 };
 
 typedef struct ts_cuda_piece {
     int32_t span, sequence;

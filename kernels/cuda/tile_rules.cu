@@ -131,13 +131,84 @@ __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
             const int64_t page = ts::page_of(a, sequence, j, i);
             const int32_t death = death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
             if (leads)
-                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride + i] = death;
+                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.held_stride + i] = death;
         } else {
             const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
             const int32_t death = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
             if (leads)
                 a.tile_deaths[at] = death;
         }
+    }
+}
+
+// What bounds the scores of the tiles of every range, and their decayed mass: for tile_select.cu. A warp a range, a
+// lane a tile, then a lane a few elements. Sinks, which are always selected, have the largest of keys. Mass and
+// first_death leave out tiles that no event counts that may ask: those gone when the batch begins, and of the batch's
+// own tiles those gone two ranges later (which pruning removes).
+template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_attention a) {
+    static_assert(TS_CUDA_GROUP == 32, "a lane for each tile of a range");
+    constexpr int kElements = D / 32;
+    const int s = blockIdx.y, j = blockIdx.z, lane = threadIdx.x % 32, n_kv = a.cache.n_kv_heads;
+    const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
+    if (n == 0)
+        return;
+    const int32_t sequence = a.spans[s].sequence;
+    const int64_t span_head = (int64_t)s * n_kv + j;
+    const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
+    const int64_t n_held_ranges = (n_held + 31) / 32, n_ranges = n_held_ranges + (n + 31) / 32;
+    for (int64_t i = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32; i < n_ranges; i += (int64_t)gridDim.x * kWarps) {
+        const bool is_held = i < n_held_ranges;
+        double key = -INFINITY, end = 0;
+        int32_t death = 0;
+        const float *mass = NULL; // NULL: no such tile
+        int64_t gone = 0;         // a tile that dies by then does not count
+        if (is_held) {
+            const int64_t slot = i * 32 + lane;
+            if (slot < n_held) {
+                const int64_t page = ts::page_of(a, sequence, j, slot);
+                key = a.cache.slot_tile[page] < a.cache.sparsity.sink_tiles ? INFINITY : a.cache.slot_key[page];
+                end = a.cache.slot_decay_end[page];
+                death = a.held_deaths[span_head * a.held_stride + slot];
+                mass = a.cache.slot_mass + page * D;
+            }
+        } else {
+            const int64_t event = (i - n_held_ranges) * 32 + lane, at = j * a.pieces.n_closed + begin + event;
+            gone = (i - n_held_ranges + 2) * 32;
+            if (event < n) {
+                key = ts::first_tile_of(a, s) + event < a.cache.sparsity.sink_tiles ? INFINITY : a.tile_keys[at];
+                end = a.tile_ends[at];
+                death = a.tile_deaths[at];
+                mass = a.tile_masses + ((begin + event) * n_kv + j) * D;
+            }
+        }
+        const bool counts = mass && death > gone;
+        ts_cuda_range range = {key, mass ? end : 0.0, counts ? death : INT_MAX, death};
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            range.largest_key = fmax(range.largest_key, __shfl_xor_sync(~0u, range.largest_key, step));
+            range.end = fmin(range.end, __shfl_xor_sync(~0u, range.end, step));
+            range.first_death = min(range.first_death, __shfl_xor_sync(~0u, range.first_death, step));
+            range.last_death = max(range.last_death, __shfl_xor_sync(~0u, range.last_death, step));
+        }
+        const float weight = counts ? ts::reach_of(range.end - end) : 0.0f;
+        float sums[kElements] = {};
+#pragma unroll 8
+        for (int t = 0; t < 32; t++) {
+            const float *z = (const float *)__shfl_sync(~0u, (unsigned long long)mass, t);
+            const float w = __shfl_sync(~0u, weight, t);
+            if (w > 0.0f)
+#pragma unroll
+                for (int e = 0; e < kElements; e++)
+                    sums[e] += w * z[e * 32 + lane];
+        }
+        const int64_t at = is_held ? span_head * a.held_ranges_stride + i
+                                   : j * a.pieces.n_groups + a.pieces.group_begin[s] + i - n_held_ranges;
+        float *sums_at = (is_held ? a.held_range_masses : a.tile_range_masses) + at * D;
+#pragma unroll
+        for (int e = 0; e < kElements; e++)
+            sums_at[e * 32 + lane] = sums[e];
+        if (lane == 0)
+            (is_held ? a.held_ranges : a.tile_ranges)[at] = range;
     }
 }
 
@@ -167,7 +238,7 @@ __global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
     if (n == 0)
         return;
     const int64_t head = ts::head_of(a, a.spans[s].sequence, j);
-    const int64_t held_at = ((int64_t)s * a.cache.n_kv_heads + j) * a.cache.page_table_stride;
+    const int64_t held_at = ((int64_t)s * a.cache.n_kv_heads + j) * a.held_stride;
     const int n_held = a.cache.n_held[head];
     int n_holes = 0, n_stored = 0;
     for (int i0 = 0; i0 < n_held; i0 += kThreads) {
@@ -202,10 +273,12 @@ template <typename S, int D> __global__ void store_kernel(const __grid_constant_
     const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[closed]];
     const int64_t page = ts::page_of(a, piece.sequence, j, slot), from = closed * a.cache.n_kv_heads + j;
     constexpr int kVectors = D * D * (int)sizeof(S) / 16;
-    const uint4 *state = (const uint4 *)((const S *)a.tile_states + from * D * D);
+    const uint4 *state = (const uint4 *)((const S *)a.stored_states + from * D * D);
     uint4 *out = (uint4 *)((S *)a.cache.slot_state + page * D * D);
     for (int i = threadIdx.x; i < kVectors; i += kThreads)
         out[i] = state[i];
+    if (std::is_same<S, ts::fp8>::value && threadIdx.x < D)
+        a.cache.slot_scale[page * D + threadIdx.x] = a.stored_scales[from * D + threadIdx.x];
     if (threadIdx.x < D)
         a.cache.slot_mass[page * D + threadIdx.x] = a.tile_masses[from * D + threadIdx.x];
     if (threadIdx.x == 0) {
@@ -268,9 +341,16 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
     ends_kernel<<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
     if (a->cache.is_sparse) {
         // Blocks for the largest span, but in a batch of many spans not for each as many.
-        const int64_t most = (a->cache.page_table_stride + a->most_events + kWarps - 1) / kWarps;
+        const int64_t most = (a->held_stride + a->most_events + kWarps - 1) / kWarps;
         const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
         deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
+        const int64_t n_ranges = a->held_ranges_stride + (a->most_events + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
+        const int64_t n_blocks = (n_ranges + kWarps - 1) / kWarps;
+        const dim3 grid((unsigned)(n_blocks < share ? n_blocks : share), n_spans, n_kv);
+        if (a->cache.head_dim == 64)
+            ranges_kernel<64><<<grid, kThreads, 0, stream>>>(*a);
+        else
+            ranges_kernel<128><<<grid, kThreads, 0, stream>>>(*a);
     }
     return ts_cuda_status(cudaGetLastError(), "attention: rules of tiles");
 }

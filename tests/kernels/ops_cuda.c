@@ -1,4 +1,4 @@
-// Every op case on the CUDA backend, in both compute dtypes and both dtypes of slots. Needs a GPU; exits 77 without
+// Every op case on the CUDA backend, in both compute dtypes and all dtypes of slots. Needs a GPU; exits 77 without
 // one.
 #include "kernels/cuda/cuda.h"
 #include "op_cases.h"
@@ -18,6 +18,7 @@ static int run(ts_dtype compute_dtype, int capability) {
     int n_failed = capability ? 0 : op_cases_run(device, compute_dtype, stdout);
     n_failed += attention_cases_run(device, compute_dtype, TS_F32, stdout);
     n_failed += attention_cases_run(device, compute_dtype, TS_BF16, stdout);
+    n_failed += attention_cases_run(device, compute_dtype, TS_FP8_E4M3, stdout);
     ts_device_free(device);
     return n_failed;
 }

@@ -19,10 +19,19 @@ static int attention(ts_device *device) {
     return attention_cases_run(device, TS_F32, TS_F32, stderr);
 }
 
+static int attention_with_rounded_slots(ts_device *device) {
+    return attention_cases_run(device, TS_F32, TS_BF16, stderr) +
+           attention_cases_run(device, TS_F32, TS_FP8_E4M3, stderr);
+}
+
 Test(ops_cpu, every_case_of_the_small_ops) {
     cr_assert_eq(failures(small_ops), 0);
 }
 
 Test(ops_cpu, every_case_of_attention) {
     cr_assert_eq(failures(attention), 0);
+}
+
+Test(ops_cpu, every_case_of_attention_with_rounded_slots) {
+    cr_assert_eq(failures(attention_with_rounded_slots), 0);
 }

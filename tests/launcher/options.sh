@@ -46,6 +46,7 @@ refused 1 '--cache-memory is "9000000000000000000G"' $run --cache-memory 9000000
 refused 1 'at most 0 sequences fit' $run --cache-memory 1K
 refused 1 'this build has: cpu' $run --device tpu
 refused 1 'f32 or, on cuda, bf16 are allowed' $run --dtype f64
+refused 1 'f32, bf16 or fp8 are allowed' $run --cache-dtype f16
 refused 1 'device cpu computes in: f32' $run --device cpu --dtype bf16
 refused 1 'start a multiple of 2 ranks' $run --tp 2
 refused 1 'eval: --text FILE is missing' eval --model $model

@@ -52,6 +52,16 @@ Test(tile_cache, a_dense_sequence_needs_no_page) {
     ts_tile_cache_free(cache);
 }
 
+Test(tile_cache, a_page_is_as_large_as_its_states) {
+    const size_t heads = 2 * 2, rest = 64 * 4 + 8 + 8 + 8; // layers times KV heads; z, E, key, t
+    ts_tile_cache_shape shape = sparse_shape(0, 1, 2, 1);
+    cr_assert_eq(ts_tile_cache_page_bytes(&shape), heads * (64 * 64 * 4 + rest));
+    shape.slot_dtype = TS_BF16;
+    cr_assert_eq(ts_tile_cache_page_bytes(&shape), heads * (64 * 64 * 2 + rest));
+    shape.slot_dtype = TS_FP8_E4M3; // and the scale of each row
+    cr_assert_eq(ts_tile_cache_page_bytes(&shape), heads * (64 * 64 + 64 * 4 + rest));
+}
+
 Test(tile_cache, without_a_budget_every_complete_tile_needs_a_page) {
     const ts_tile_cache_shape shape = sparse_shape(0, 1, 2, 1);
     cr_assert_eq(ts_tile_cache_pages_for(&shape, 1), 0);
