@@ -1,6 +1,6 @@
 // Dense-form prefill attention. Head size 64 on Hopper goes in clusters and reads k and v once
 // (attention_dense_cluster.cuh); everything else reads them twice, once for the states and once for the outputs
-// (attention_dense_plan.cuh). docs/kernels.md says what each costs and what bounds it.
+// (attention_dense_runs.cuh). docs/kernels.md says what each costs and what bounds it.
 //
 // Tokens are taken in chunks of 64. With c counted from the chunk's start, S^ and z^ the state there, and n, m in the
 // chunk,
@@ -14,101 +14,7 @@
 
 namespace ts {
 
-constexpr int kPlanThreads = 256;
-
-// --- the plan ---
-
-// Rows, segments and ends of spans before each of four rows of the plan, and the span that row 0 of the four lies in.
-struct PlanSums {
-    int segments[4], ends[4];
-    int span, rows_before;
-};
-
-__device__ PlanSums plan_sums(const ts_span *spans, int n_spans, const int (&rows)[4]) {
-    __shared__ PlanSums sums;
-    __shared__ int partial[kPlanThreads / 32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (threadIdx.x == 0)
-        sums = {};
-    int before = 0; // rows of the spans of earlier rounds
-    for (int first = 0; first < n_spans; first += kPlanThreads) {
-        const int i = first + threadIdx.x;
-        SpanShape shape = {0, 0, 0};
-        if (i < n_spans)
-            shape = span_shape(spans[i].position, spans[i].n_tokens);
-        int sum = shape.n_rows;
-        for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step)
-                sum += other;
-        }
-        __syncthreads();
-        if (lane == 31)
-            partial[warp] = sum;
-        __syncthreads();
-        int mine = before + sum - shape.n_rows;
-        for (int w = 0; w < kPlanThreads / 32; w++) {
-            if (w < warp)
-                mine += partial[w];
-            before += partial[w];
-        }
-        for (int q = 0; q < 4; q++) {
-            const int n = min(max(rows[q] - mine, 0), shape.n_rows);
-            if (n > 0) {
-                atomicAdd(&sums.segments[q], span_segments_in(shape, n));
-                atomicAdd(&sums.ends[q], n == shape.n_rows);
-            }
-        }
-        if (shape.n_rows > 0 && mine <= rows[0] && rows[0] < mine + shape.n_rows) {
-            sums.span = i;
-            sums.rows_before = mine;
-        }
-    }
-    __syncthreads();
-    return sums;
-}
-
-// One block per row: writes the row, its items at their tickets, and clears its counters.
-__global__ void __launch_bounds__(kPlanThreads) plan_rows(const DenseArgs a, int lag) {
-    const int row = blockIdx.x;
-    const PlanSums sums = plan_sums(a.spans, a.n_spans, {row, max(row - lag, 0), min(row + lag + 1, a.n_rows), row});
-    const ts_span span = a.spans[sums.span];
-    const SpanShape shape = span_shape(span.position, span.n_tokens);
-    const int in_span = row - sums.rows_before;
-    PlanRow r;
-    r.span = sums.span;
-    const int skipped = span_segments_in(shape, in_span);
-    r.first_segment = shape.first_segment + skipped;
-    r.n_segments = span_segments_in(shape, in_span + 1) - skipped;
-    r.is_first = in_span == 0;
-    r.is_last = in_span == shape.n_rows - 1;
-    const int heads = a.n_kv_heads, n_states = r.n_segments - r.is_last;
-    auto states_before = [&](int q) { return (sums.segments[q] - sums.ends[q]) * heads; };
-    PlanItem *states = a.items + states_before(0) + sums.segments[1] * heads;
-    PlanItem *outputs = a.items + states_before(2) + sums.segments[3] * heads;
-    for (int i = threadIdx.x; i < r.n_segments * heads; i += kPlanThreads) {
-        outputs[i] = {row, i % heads, i / heads, 1};
-        if (i < n_states * heads)
-            states[i] = {row, i % heads, i / heads, 0};
-    }
-    for (int i = threadIdx.x; i < 3 * heads; i += kPlanThreads)
-        a.counters[(int64_t)(i / heads) * a.n_rows * heads + (int64_t)row * heads + i % heads] = 0;
-    if (threadIdx.x == 0) {
-        a.rows[row] = r;
-        if (row == 0)
-            *a.ticket = 0;
-    }
-}
-
 // --- what a span leaves ---
-
-template <typename T> __device__ __forceinline__ float element(const T *p);
-template <> __device__ __forceinline__ float element(const float *p) {
-    return *p;
-}
-template <> __device__ __forceinline__ float element(const __nv_bfloat16 *p) {
-    return __bfloat162float(*p);
-}
 
 __device__ __forceinline__ float feature_map_exact(float x) {
     return x > 0.0f ? x + 1.0f : expf(x);
@@ -118,159 +24,65 @@ __device__ __forceinline__ double log_sigmoid_exact(float x) {
     return fmin((double)x, 0.0) - log1p(exp(-fabs((double)x)));
 }
 
-// What a span leaves: k^, v and c of the tokens of its last, incomplete tile, eqs. (3) to (5), and the tile pairs that
-// its complete tiles stand for, all selected. One block per (span, KV head).
-template <typename T>
-__global__ void leave_span(const T *qkvg, int64_t stride, const DenseArgs a, int head_dim, double decay_temperature) {
+// k^, v and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5), and the pairs of the tiles that it
+// completes. One block per (span, KV head).
+__global__ void end_spans(const DenseArgs a, int head_dim, double decay_temperature) {
     const ts_span span = a.spans[blockIdx.x];
     const int head = blockIdx.y, tile = a.tile_size;
     const int64_t at = (int64_t)span.sequence * a.n_kv_heads + head, end = span.position + span.n_tokens;
     const int64_t tile_start = end / tile * tile, begin = span.position > tile_start ? span.position : tile_start;
     const int n = (int)(end - begin), first = (int)(begin - tile_start);
-    const T *from = qkvg + (span.row + begin - span.position) * stride;
+    const __nv_bfloat16 *from = a.qkvg + (span.row + begin - span.position) * a.stride;
     const int64_t k_column = (int64_t)(a.n_heads + head) * head_dim,
                   v_column = k_column + (int64_t)a.n_kv_heads * head_dim,
                   gate_column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * head_dim + head;
     for (int i = threadIdx.x; i < n * head_dim; i += blockDim.x) {
-        const T *row = from + i / head_dim * stride;
-        const float gate = 1.0f / (1.0f + expf(-element(row + gate_column)));
+        const __nv_bfloat16 *row = from + i / head_dim * a.stride;
+        const float gate = 1.0f / (1.0f + expf(-__bfloat162float(row[gate_column])));
         const int64_t to = (at * tile + first) * head_dim + i;
-        a.open_k[to] = gate * feature_map_exact(element(row + k_column + i % head_dim));
-        a.open_v[to] = element(row + v_column + i % head_dim);
-    }
-    if (threadIdx.x == 32) {
-        const int64_t tiles = end / tile, before = span.position / tile; // the sum of before + 1 ... tiles
-        const int64_t pairs = (tiles * (tiles + 1) - before * (before + 1)) / 2;
-        a.pairs[2 * at] += pairs;
-        a.pairs[2 * at + 1] += pairs;
+        a.open_k[to] = gate * feature_map_exact(__bfloat162float(row[k_column + i % head_dim]));
+        a.open_v[to] = __bfloat162float(row[v_column + i % head_dim]);
     }
     if (threadIdx.x == 0) {
+        // Every earlier tile is available to the tile after each that completes, and selected.
+        const int64_t first_tile = span.position / tile, n_done = end / tile - first_tile;
+        const int64_t n_pairs = n_done * (first_tile + 1) + n_done * (n_done - 1) / 2;
+        a.pairs[2 * at] += n_pairs;
+        a.pairs[2 * at + 1] += n_pairs;
         double c = first > 0 ? a.open_c[at * tile + first - 1] : 0.0;
         for (int m = 0; m < n; m++) {
-            c += log_sigmoid_exact(element(from + m * stride + gate_column + a.n_kv_heads)) / decay_temperature;
+            c += log_sigmoid_exact(__bfloat162float(from[m * a.stride + gate_column + a.n_kv_heads])) /
+                 decay_temperature;
             a.open_c[at * tile + first + m] = c;
-        }
-    }
-}
-
-// --- f32 ---
-
-// The recurrence token by token. One block per (span, KV head); thread (part, j) holds features of `part` of column j.
-template <int D>
-__global__ void __launch_bounds__(256)
-    dense_recurrence(const float *qkvg, float *y, const DenseArgs a, double decay_temperature) {
-    constexpr int parts = 256 / D, own = D / parts;
-    __shared__ float k[D], v[D], q[D], numerators[parts][D], denominators[parts];
-    const ts_span span = a.spans[blockIdx.x];
-    const int head = blockIdx.y, tile = a.tile_size, group = a.n_heads / a.n_kv_heads;
-    const int part = threadIdx.x / D, j = threadIdx.x % D;
-    const int64_t at = (int64_t)span.sequence * a.n_kv_heads + head, end = span.position + span.n_tokens;
-    const int64_t open_start = end / tile > span.position / tile ? end / tile * tile : -1;
-    float s[own], z[own];
-    const int n_open = (int)(span.position % tile);
-    double log_sum = n_open > 0 ? a.open_c[at * tile + n_open - 1] : 0.0;
-    const double opened = log_sum;
-#pragma unroll
-    for (int i = 0; i < own; i++) {
-        const int feature = part * own + i;
-        s[i] = (float)exp(opened) * a.state[(at * D + feature) * D + j];
-        z[i] = (float)exp(opened) * a.mass[at * D + feature];
-        for (int m = 0; m < n_open; m++) {
-            const float kw = (float)exp(opened - a.open_c[at * tile + m]) * a.open_k[(at * tile + m) * D + feature];
-            s[i] += kw * a.open_v[(at * tile + m) * D + j];
-            z[i] += kw;
-        }
-    }
-    for (int n = 0; n < span.n_tokens; n++) {
-        const float *row = qkvg + (span.row + n) * a.stride;
-        const float *gates = row + (int64_t)(a.n_heads + 2 * a.n_kv_heads) * D + head;
-        const float gate = 1.0f / (1.0f + expf(-gates[0]));
-        const double log_decay = log_sigmoid_exact(gates[a.n_kv_heads]) / decay_temperature;
-        const float decay = (float)exp(log_decay);
-        log_sum += log_decay;
-        __syncthreads();
-        if (part == 0) {
-            k[j] = gate * feature_map_exact(row[(int64_t)(a.n_heads + head) * D + j]);
-            v[j] = row[(int64_t)(a.n_heads + a.n_kv_heads + head) * D + j];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < own; i++) {
-            s[i] = decay * s[i] + k[part * own + i] * v[j];
-            z[i] = decay * z[i] + k[part * own + i];
-        }
-        for (int h = head * group; h < (head + 1) * group; h++) {
-            if (part == 0)
-                q[j] = feature_map_exact(row[(int64_t)h * D + j]);
-            __syncthreads();
-            float numerator = 0.0f, denominator = 0.0f;
-#pragma unroll
-            for (int i = 0; i < own; i++) {
-                numerator += q[part * own + i] * s[i];
-                denominator += q[part * own + i] * z[i];
-            }
-            numerators[part][j] = numerator;
-            if (j == 0)
-                denominators[part] = denominator;
-            __syncthreads();
-            if (part == 0) {
-                denominator = a.normalizer_eps;
-                numerator = 0.0f;
-                for (int p = 0; p < parts; p++) {
-                    numerator += numerators[p][j];
-                    denominator += denominators[p];
-                }
-                y[(span.row + n) * a.y_stride + (int64_t)h * D + j] = numerator / denominator;
-            }
-            __syncthreads();
-        }
-        if (span.position + n + 1 == open_start) {
-#pragma unroll
-            for (int i = 0; i < own; i++) {
-                a.state[(at * D + part * own + i) * D + j] = s[i];
-                if (j == 0)
-                    a.mass[at * D + part * own + i] = z[i];
-            }
-            if (threadIdx.x == 0)
-                a.decay_end[at] += log_sum;
         }
     }
 }
 
 // --- launcher ---
 
-struct Layout {
-    int n_rows, lag, ring_rows;
-    int64_t n_items;
-    size_t ticket, counters, rows, items, ring, n_bytes;
+struct RunsLayout {
+    int wanted, n_runs, n_state_runs;
+    size_t n_bytes;
 };
 
 static size_t aligned(size_t n) {
     return (n + 255) / 256 * 256;
 }
 
-static Layout layout_of(const ts_attention_args *args) {
+static RunsLayout runs_layout_of(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
     const ts_batch *batch = args->batch;
-    const int64_t heads = args->cache->n_kv_heads;
-    Layout l = {};
-    int64_t n_segments = 0, n_rows = 0;
+    const int d = args->cache->head_dim, heads = args->cache->n_kv_heads;
+    const int blocks = d == 64 ? DenseShape<64>::blocks_per_multiprocessor : DenseShape<128>::blocks_per_multiprocessor;
+    RunsLayout l = {};
+    l.wanted = max(min(plan->n_multiprocessors * blocks / heads, kMostRuns), 1);
+    size_t n_slots = 0;
     for (int i = 0; i < batch->n_spans; i++) {
-        const SpanShape s = span_shape(batch->spans[i].position, batch->spans[i].n_tokens);
-        n_segments += s.n_segments;
-        n_rows += s.n_rows;
+        const SpanRuns cut = span_runs(batch->spans[i], l.wanted);
+        l.n_runs += cut.n_runs;
+        n_slots += (size_t)cut.n_slots;
     }
-    l.n_rows = (int)n_rows;
-    l.n_items = (2 * n_segments - batch->n_spans) * heads;
-    const int64_t per_row = (n_segments * heads + n_rows - 1) / (n_rows > 0 ? n_rows : 1);
-    l.lag = per_row > 0 ? (int)((kItemsAhead + per_row - 1) / per_row) : 1;
-    l.ring_rows = l.lag + (int)((kItemsInFlight + per_row - 1) / (per_row > 0 ? per_row : 1)) + 2;
-    l.ticket = 0;
-    l.counters = 256;
-    l.rows = l.counters + aligned((size_t)(3 * n_rows * heads) * sizeof(int));
-    l.items = l.rows + aligned((size_t)n_rows * sizeof(PlanRow));
-    l.ring = l.items + aligned((size_t)l.n_items * sizeof(PlanItem));
-    l.n_bytes =
-        l.ring + (size_t)(l.ring_rows * heads * (kGroup + 1)) * slot_floats(args->cache->head_dim) * sizeof(float);
+    l.n_state_runs = l.n_runs - batch->n_spans;
+    l.n_bytes = aligned(n_slots * (size_t)(heads * slot_floats(d)) * sizeof(float));
     return l;
 }
 
@@ -281,19 +93,26 @@ static ts_status launch_status(const char *what) {
                : TS_FAIL(TS_ERR_DEVICE, "attention: %s could not be started: %s", what, cudaGetErrorString(error));
 }
 
-template <int D, bool hopper>
-static ts_status launch_bf16(const DenseArgs &a, int lag, int n_multiprocessors, cudaStream_t stream) {
+template <int D, bool hopper, bool outputs>
+static ts_status launch_runs(const DenseArgs &a, int n_runs, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(DenseShared<D>);
-    cudaError_t error =
-        cudaFuncSetAttribute(dense_attention<D, hopper>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(dense_runs<D, hopper, outputs>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
              cudaGetErrorString(error));
-    plan_rows<<<a.n_rows, kPlanThreads, 0, stream>>>(a, lag);
-    TS_TRY(launch_status("its plan"));
-    dense_attention<D, hopper><<<min(a.n_items, n_multiprocessors * DenseShape<D>::blocks_per_multiprocessor),
-                                 DenseShape<D>::threads, shared, stream>>>(a);
-    TS_TRY(launch_status("the dense kernel"));
+    if (n_runs > 0)
+        dense_runs<D, hopper, outputs><<<n_runs * a.n_kv_heads, DenseShape<D>::threads, shared, stream>>>(a);
+    TS_TRY(launch_status(outputs ? "the outputs" : "the states"));
+done:
+    return status;
+}
+
+template <int D, bool hopper>
+static ts_status launch_both(const DenseArgs &a, const RunsLayout &l, cudaStream_t stream) {
+    ts_status status = TS_OK;
+    TS_TRY((launch_runs<D, hopper, false>(a, l.n_state_runs, stream)));
+    TS_TRY((launch_runs<D, hopper, true>(a, l.n_runs, stream)));
 done:
     return status;
 }
@@ -344,7 +163,7 @@ static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clust
     ClusterLaunch launch;
     a.n_items = l.n_items;
     a.counters = (int *)workspace;
-    a.ring = (float *)(workspace + l.carry);
+    a.slots = (float *)(workspace + l.carry);
     cudaError_t error =
         cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
@@ -369,9 +188,7 @@ static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_d
 
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args,
                                                     const ts_cuda_attention_dense_plan *plan) {
-    if (args->qkvg.dtype == TS_F32)
-        return 256;
-    return ts::use_cluster(args, plan) ? ts::cluster_layout_of(args).n_bytes : ts::layout_of(args).n_bytes;
+    return ts::use_cluster(args, plan) ? ts::cluster_layout_of(args).n_bytes : ts::runs_layout_of(args, plan).n_bytes;
 }
 
 extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan) {
@@ -411,18 +228,21 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     const cudaStream_t on = (cudaStream_t)stream;
     const int d = cache->head_dim;
     const dim3 heads(batch->n_spans, cache->n_kv_heads);
-    const size_t element_bytes = ts_dtype_bytes(args->qkvg.dtype);
     const bool hopper = plan->capability == 90;
+    const bool in_clusters = use_cluster(args, plan);
+    const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
+    const RunsLayout l = in_clusters ? RunsLayout{} : runs_layout_of(args, plan);
+    const size_t n_bytes = in_clusters ? in.n_bytes : l.n_bytes;
+    char *base = (char *)workspace;
     DenseArgs a = {};
     TS_CHECK(d == 64 || d == 128, TS_ERR_UNSUPPORTED, "attention: head size %d; 64 and 128 are built", d);
     TS_CHECK(cache->tile_size == 64 || (cache->tile_size == 128 && d == 128), TS_ERR_UNSUPPORTED,
              "attention: tile size %d with head size %d; 64 is built, and 128 for head size 128", cache->tile_size, d);
-    TS_CHECK(args->qkvg.dtype == args->y.dtype && (args->y.dtype == TS_BF16 || args->y.dtype == TS_F32),
-             TS_ERR_UNSUPPORTED, "attention: projections %s and outputs %s; both BF16 or both F32 are built",
-             ts_dtype_name(args->qkvg.dtype), ts_dtype_name(args->y.dtype));
-    TS_CHECK((uintptr_t)args->qkvg.data % 16 == 0 && (uintptr_t)args->y.data % 16 == 0 &&
-                 (size_t)args->qkvg.stride * element_bytes % 16 == 0 &&
-                 (size_t)args->y.stride * element_bytes % 16 == 0,
+    TS_CHECK(args->qkvg.dtype == TS_BF16 && args->y.dtype == TS_BF16, TS_ERR_UNSUPPORTED,
+             "attention: projections %s and outputs %s; both BF16 are built", ts_dtype_name(args->qkvg.dtype),
+             ts_dtype_name(args->y.dtype));
+    TS_CHECK((uintptr_t)args->qkvg.data % 16 == 0 && (uintptr_t)args->y.data % 16 == 0 && args->qkvg.stride % 8 == 0 &&
+                 args->y.stride % 8 == 0,
              TS_ERR_INVALID, "attention: rows of %lld and %lld elements; rows must begin at multiples of 16 bytes",
              (long long)args->qkvg.stride, (long long)args->y.stride);
     if (batch->n_spans == 0)
@@ -443,42 +263,20 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.mass = cache->mass;
     a.decay_end = cache->decay_end;
     a.pairs = cache->pairs;
-    if (args->y.dtype == TS_F32) {
-        const float *qkvg = (const float *)args->qkvg.data;
-        if (d == 64)
-            dense_recurrence<64><<<heads, 256, 0, on>>>(qkvg, (float *)args->y.data, a, args->decay_temperature);
-        else
-            dense_recurrence<128><<<heads, 256, 0, on>>>(qkvg, (float *)args->y.data, a, args->decay_temperature);
-        TS_TRY(launch_status("the f32 recurrence"));
-        leave_span<<<heads, 128, 0, on>>>(qkvg, a.stride, a, d, args->decay_temperature);
+    TS_CHECK(workspace_bytes >= n_bytes && (uintptr_t)base % 256 == 0, TS_ERR_INVALID,
+             "attention: a workspace of %zu bytes; %zu are needed, aligned to 256", workspace_bytes, n_bytes);
+    a.qkvg = (const __nv_bfloat16 *)args->qkvg.data;
+    a.y = (__nv_bfloat16 *)args->y.data;
+    a.wanted_runs = l.wanted;
+    a.slots = (float *)base;
+    if (in_clusters) {
+        TS_TRY(launch_cluster(a, in, plan->n_clusters, base, on));
     } else {
-        const bool in_clusters = use_cluster(args, plan);
-        const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
-        const Layout l = in_clusters ? Layout{} : layout_of(args);
-        const size_t n_bytes = in_clusters ? in.n_bytes : l.n_bytes;
-        char *base = (char *)workspace;
-        TS_CHECK(workspace_bytes >= n_bytes && (uintptr_t)base % 256 == 0, TS_ERR_INVALID,
-                 "attention: a workspace of %zu bytes; %zu are needed, aligned to 256", workspace_bytes, n_bytes);
-        a.qkvg = (const __nv_bfloat16 *)args->qkvg.data;
-        a.y = (__nv_bfloat16 *)args->y.data;
-        a.n_rows = l.n_rows;
-        a.n_items = (int)l.n_items;
-        a.ring_rows = l.ring_rows;
-        a.ticket = (int *)(base + l.ticket);
-        a.counters = (int *)(base + l.counters);
-        a.rows = (PlanRow *)(base + l.rows);
-        a.items = (PlanItem *)(base + l.items);
-        a.ring = (float *)(base + l.ring);
-        if (in_clusters) {
-            TS_TRY(launch_cluster(a, in, plan->n_clusters, base, on));
-        } else {
-            auto *launch = d == 64 ? (hopper ? launch_bf16<64, true> : launch_bf16<64, false>)
-                                   : (hopper ? launch_bf16<128, true> : launch_bf16<128, false>);
-            TS_TRY(launch(a, l.lag, plan->n_multiprocessors, on));
-        }
-        leave_span<<<heads, 128, 0, on>>>(a.qkvg, a.stride, a, d, args->decay_temperature);
+        auto *launch = d == 64 ? launch_both<64, false> : hopper ? launch_both<128, true> : launch_both<128, false>;
+        TS_TRY(launch(a, l, on));
     }
-    TS_TRY(launch_status("what the spans leave"));
+    end_spans<<<heads, 128, 0, on>>>(a, d, args->decay_temperature);
+    TS_TRY(launch_status("the store of what spans leave"));
 done:
     return status;
 }

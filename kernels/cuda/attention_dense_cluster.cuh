@@ -17,7 +17,7 @@
 #ifndef TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 #define TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 
-#include "kernels/cuda/attention_dense_kernel.cuh"
+#include "kernels/cuda/attention_dense_gates.cuh"
 #include "kernels/cuda/cluster.cuh"
 
 namespace ts {
@@ -166,18 +166,11 @@ __device__ __forceinline__ void store_gates(const DenseArgs &a, const GateLogits
         gate[i] = g.valid[i] ? __fdividef(1.0f, 1.0f + __expf(-__bfloat162float(g.key[i]))) : 0.0f;
         decay[i] = g.valid[i] ? log_sigmoid(__bfloat162float(g.decay[i])) * a.decay_scale : 0.0f;
     }
-    float sum = decay[0] + decay[1];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const float other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step)
-            sum += other;
-    }
-    const float before = __shfl_up_sync(~0u, sum, 1);
-    const float last = __shfl_sync(~0u, sum, 31), c0 = (lane == 0 ? 0.0f : before) + decay[0];
-    *reinterpret_cast<float2 *>(&gates.log_decay[2 * lane]) = make_float2(c0, sum);
+    const DecaySums c = sum_decays(decay);
+    *reinterpret_cast<float2 *>(&gates.log_decay[2 * lane]) = c.to;
     *reinterpret_cast<uint32_t *>(&gates.key_gate[2 * lane]) = pack_bf16(gate[0], gate[1]);
-    *reinterpret_cast<uint32_t *>(&gates.to_end[2 * lane]) = pack_bf16(exp2_fast(last - c0), exp2_fast(last - sum));
+    *reinterpret_cast<uint32_t *>(&gates.to_end[2 * lane]) =
+        pack_bf16(exp2_fast(c.all - c.to.x), exp2_fast(c.all - c.to.y));
 }
 
 // k becomes k^ in place, eq. (4).
@@ -354,31 +347,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 group_commit();
                 group_wait<0>();
                 group_hold(weights);
-#pragma unroll
-                for (int t = 0; t < 4; t++) {
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const int m = 16 * t + 8 * h + 2 * (lane % 4);
-                        float *x = weights[2 * t + h];
-                        if (t <= warp) {
-                            const float2 c = *reinterpret_cast<const float2 *>(&gates.log_decay[m]);
-                            x[0] *= exp2_fast(c0 - c.x);
-                            x[1] *= exp2_fast(c0 - c.y);
-                            x[2] *= exp2_fast(c1 - c.x);
-                            x[3] *= exp2_fast(c1 - c.y);
-                            if (t == warp) {
-                                x[0] = m <= n0 ? x[0] : 0.0f;
-                                x[1] = m + 1 <= n0 ? x[1] : 0.0f;
-                                x[2] = m <= n0 + 8 ? x[2] : 0.0f;
-                                x[3] = m + 1 <= n0 + 8 ? x[3] : 0.0f;
-                            }
-                            fw[t][2 * h] = pack_bf16(x[0], x[1]);
-                            fw[t][2 * h + 1] = pack_bf16(x[2], x[3]);
-                        } else {
-                            fw[t][2 * h] = fw[t][2 * h + 1] = 0;
-                        }
-                    }
-                }
+                decay_weights(fw, weights, gates.log_decay, c0, c1);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
@@ -533,7 +502,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
          w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
         float *state = a.state + (at * 64 + row) * 64 + column;
-        float *carry = a.ring + (int64_t)w.pair * kCarryFloats;
+        float *carry = a.slots + (int64_t)w.pair * kCarryFloats;
         double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
         int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
         float s[8], z;
