@@ -62,13 +62,12 @@ enum {
     "  --prefill-chunk N    prompt tokens read in one step (default 1024)\n"                                           \
     "  --device NAME        cpu, cuda, or auto: cuda where a GPU is visible (default auto)\n"                          \
     "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"                  \
-    "  --cuda-kernels NAME  own: those made for the GPU; sm_80: those of an A100, on any (default own)\n"
-"  --cache-dtype NAME   states of held tiles: f32, bf16 or fp8 (default: as the arithmetic)\n"
+    "  --cuda-kernels NAME  own: those made for the GPU; sm_80: those of an A100, on any (default own)\n"              \
+    "  --cache-dtype NAME   states of held tiles: f32, bf16 or fp8 (default: as the arithmetic)\n"
 
-    // A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
-    ts_status
-    ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,
-                           int64_t *out);
+// A whole number from low to high, with K, M or G (powers of 1024) after it where `allow_suffix`.
+ts_status ts_launch_parse_number(const char *option, const char *text, int64_t low, int64_t high, bool allow_suffix,
+                                 int64_t *out);
 
 // Parses argv for a subcommand. Shared options go to *out; others to `own(context, option, value)`. With --help, prints
 // `usage` on rank 0 and sets out->help.
