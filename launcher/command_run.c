@@ -45,24 +45,35 @@ static ts_status parse_own(void *context, int option, const char *value) {
     }
 }
 
-// The same number of pages on every rank, because rank 0 plans with one: what the poorest of them can hold.
-static ts_status plan_cache(ts_launch *launch, const run_options *options, int64_t *n_pages) {
+// This rank's plan, before anything of it is allocated.
+static ts_status plan_memory(ts_launch *launch, size_t cache_bytes, const ts_replica_options *limits,
+                             ts_memory_plan *plan) {
     ts_status status = TS_OK;
-    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(launch->model), ts_grid_extent(launch->grid).tp);
-    shape.slot_dtype = launch->device->slot_dtype;
-    size_t free_bytes, total_bytes, cache_bytes = (size_t)options->cache_bytes;
+    const ts_config *config = ts_model_config(launch->model);
+    const int tp = ts_grid_extent(launch->grid).tp;
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, tp);
+    shape.slot_dtype = limits->slot_dtype;
+    size_t free_bytes, total_bytes;
+    TS_TRY(ts_device_memory(launch->device, &free_bytes, &total_bytes));
+    free_bytes /= (size_t)launch->n_sharing;
+    TS_TRY(ts_memory_plan_make(&shape, limits->max_sequences, cache_bytes ? cache_bytes : free_bytes / 2, plan));
+    TS_TRY(ts_memory_plan_check(plan, launch->device->backend->name,
+                                ts_replica_bytes(launch->device, tp, config, limits), free_bytes));
+done:
+    return status;
+}
+
+// The same number of pages on every rank, because rank 0 plans with one: what the poorest of them can hold.
+static ts_status plan_cache(ts_launch *launch, size_t cache_bytes, ts_replica_options *limits) {
+    ts_status status = TS_OK;
     ts_memory_plan plan;
     int64_t *all = malloc((size_t)ts_group_size(launch->world) * sizeof *all);
-    if (cache_bytes == 0) {
-        TS_TRY(ts_device_memory(launch->device, &free_bytes, &total_bytes));
-        cache_bytes = free_bytes / 2 / (size_t)ts_world_local_size(launch->world);
-    }
-    TS_TRY(ts_launch_agree(launch, all ? ts_memory_plan_make(&shape, (int32_t)options->max_batch, cache_bytes, &plan)
+    TS_TRY(ts_launch_agree(launch, all ? plan_memory(launch, cache_bytes, limits, &plan)
                                        : TS_FAIL(TS_ERR_MEMORY, "out of memory")));
     TS_TRY(ts_group_all_gather(launch->world, &plan.n_pages, sizeof plan.n_pages, all));
-    *n_pages = plan.n_pages;
+    limits->n_pages = plan.n_pages;
     for (int r = 0; r < ts_group_size(launch->world); r++)
-        *n_pages = all[r] < *n_pages ? all[r] : *n_pages;
+        limits->n_pages = all[r] < limits->n_pages ? all[r] : limits->n_pages;
 done:
     free(all);
     return status;
@@ -133,7 +144,7 @@ ts_status ts_command_run(ts_launch *launch, int argc, char **argv) {
         .slot_dtype = launch->device->slot_dtype,
         .prefill_chunk = shared.prefill_chunk,
     };
-    TS_TRY(plan_cache(launch, &options, &limits.n_pages));
+    TS_TRY(plan_cache(launch, (size_t)options.cache_bytes, &limits));
     TS_TRY(ts_launch_agree(
         launch, ts_replica_create(launch->device, ts_grid_tp(launch->grid), launch->model, &limits, &replica)));
     ts_progress_begin(&progress);

@@ -175,6 +175,7 @@ static ts_status create_device(ts_launch *launch, const ts_launch_options *optio
     const bool wants_cuda = strcmp(options->device, "cuda") == 0;
     const bool wants_bf16 = options->dtype && strcmp(options->dtype, "bf16") == 0;
     const int n_gpus = strcmp(options->device, "cpu") == 0 ? 0 : ts_devices_cuda_count();
+    launch->n_sharing = ts_world_local_size(launch->world);
     // Sums over ranks go through host memory.
     TS_CHECK(!wants_cuda || tp == 1, TS_ERR_UNSUPPORTED,
              "--device cuda with tp %d: a model is not sharded over GPUs yet; --tp 1 with --dp, or --device cpu", tp);
@@ -183,6 +184,7 @@ static ts_status create_device(ts_launch *launch, const ts_launch_options *optio
         const bool wants_f32 = options->dtype && !wants_bf16;
         TS_TRY(
             ts_devices_create_cuda(ordinal, wants_f32 ? TS_F32 : TS_BF16, options->cuda_capability, &launch->device));
+        launch->n_sharing = (launch->n_sharing + n_gpus - 1) / n_gpus;
     } else {
         TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");
         TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),

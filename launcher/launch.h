@@ -25,6 +25,7 @@ typedef struct ts_launch {
     ts_group *world;
     bool agreed; // the failure now on its way up is known to all ranks, which end together
     ts_device *device;
+    int n_sharing; // ranks that share the memory of this rank's device
     ts_grid *grid;
     ts_model *model;
 } ts_launch;

@@ -27,3 +27,14 @@ ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequ
 done:
     return status;
 }
+
+ts_status ts_memory_plan_check(const ts_memory_plan *plan, const char *device, size_t other_bytes, size_t free_bytes) {
+    const size_t usable = free_bytes - free_bytes / 8;
+    if (other_bytes <= usable && plan->cache_bytes <= usable - other_bytes)
+        return TS_OK;
+    return TS_FAIL(TS_ERR_MEMORY,
+                   "%s: this run needs %zu bytes of tile cache and %zu of activations, logits and sampling; %zu bytes "
+                   "are free for a rank and at most %zu may be planned: lower --cache-memory, --max-batch or "
+                   "--prefill-chunk",
+                   device, plan->cache_bytes, other_bytes, free_bytes, usable);
+}

@@ -27,13 +27,27 @@ struct ts_replica {
     size_t n_logits;
 };
 
+// Rows of the largest step.
+static int64_t max_rows_of(const ts_replica_options *options) {
+    return options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences;
+}
+
+size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_config *config,
+                        const ts_replica_options *options) {
+    const size_t n = (size_t)options->max_sequences, max_rows = (size_t)max_rows_of(options);
+    const size_t row_of_logits = (size_t)(config->vocab_size / tp_size + 1) * sizeof(float);
+    const size_t row_selected = (size_t)config->hidden_size * ts_dtype_bytes(device->compute_dtype);
+    return ts_model_activation_bytes(config, device->compute_dtype, tp_size, (int64_t)max_rows) +
+           max_rows * (sizeof(ts_span) + sizeof(int32_t)) + n * (row_of_logits + row_selected) +
+           (device->ops->sample && tp_size == 1 ? ts_device_sampler_bytes(options->max_sequences) : 0);
+}
+
 ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, const ts_replica_options *options,
                             ts_replica **out) {
     ts_status status = TS_OK;
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
     const size_t n = (size_t)options->max_sequences;
-    const int64_t max_rows =
-        options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences;
+    const int64_t max_rows = max_rows_of(options);
     ts_replica *replica = calloc(1, sizeof *replica);
     TS_CHECK(replica, TS_ERR_MEMORY, "replica: out of memory");
     replica->device = device;

@@ -20,6 +20,11 @@ int op_cases_run(ts_device *device, ts_dtype activation, FILE *report);
 // The attention cases and, with them, importance and pruning; tile states of slot_dtype.
 int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report);
 
+// Of both a part that ends soon under a tool that slows kernels down a thousand times: no products, whose kernels are
+// mostly another's, and attention over few tokens.
+int op_cases_run_small(ts_device *device, ts_dtype activation, FILE *report);
+int attention_cases_run_small(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report);
+
 // For the case lists themselves.
 
 // What a group of cases has shown so far.

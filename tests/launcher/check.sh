@@ -42,6 +42,17 @@ done_by() {
   on_ranks "$n" "$@" 2>err || { cat err >&2; fail "on $n ranks: $*"; }
 }
 
+# Ends a script that needs a GPU where none is visible; ctest counts it as skipped.
+needs_gpu() {
+  echo '[1, 2]' >probe.json
+  if "$tessera" logits --device cuda --model "$model" --tokens probe.json --output probe.safetensors 2>err; then return; fi
+  if grep -qE 'no GPU is visible|this build has: cpu' err; then
+    echo "SKIP: $(cat err)"
+    exit 77
+  fi
+  fail "the first logits on the GPU: $(cat err)"
+}
+
 # Records as they must be equal from run to run: without the time, in the order of their ids.
 records() {
   sed 's/"created":[0-9]*,//' "$1" | sort
