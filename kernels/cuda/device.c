@@ -40,6 +40,9 @@ static void device_free(ts_device *base) {
     for (int i = 0; i < TS_CUDA_N_STAGES; i++)
         if (device->stage_events[i])
             (void)cudaEventDestroy(device->stage_events[i]);
+    for (int i = 0; i < 2; i++)
+        if (device->marks[i])
+            (void)cudaEventDestroy(device->marks[i]);
     if (device->stream)
         (void)cudaStreamDestroy(device->stream);
     free(device->linear_plans);
@@ -137,6 +140,22 @@ static ts_status device_memory(ts_device *device, size_t *free_bytes, size_t *to
     return ts_cuda_status(cudaMemGetInfo(free_bytes, total_bytes), "memory");
 }
 
+static ts_status device_mark(ts_device *device, int mark) {
+    const ts_cuda_device *cuda = ts_cuda_device_of(device);
+    return ts_cuda_status(cudaEventRecord(cuda->marks[mark], cuda->stream), "timer");
+}
+
+static ts_status device_elapsed(ts_device *device, double *seconds) {
+    ts_status status = TS_OK;
+    const ts_cuda_device *cuda = ts_cuda_device_of(device);
+    float milliseconds;
+    TS_CUDA_TRY(cudaEventSynchronize(cuda->marks[1]));
+    TS_CUDA_TRY(cudaEventElapsedTime(&milliseconds, cuda->marks[0], cuda->marks[1]));
+    *seconds = 1e-3 * (double)milliseconds;
+done:
+    return status;
+}
+
 static const ts_device_backend cuda_backend = {
     .name = "cuda",
     .free = device_free,
@@ -148,6 +167,8 @@ static const ts_device_backend cuda_backend = {
     .zero = device_zero,
     .synchronize = device_synchronize,
     .memory = device_memory,
+    .mark = device_mark,
+    .elapsed = device_elapsed,
 };
 
 int ts_cuda_device_count(void) {
@@ -201,6 +222,8 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, int capabil
     TS_CUDA_TRY(cudaMallocHost((void **)&device->stages, (size_t)TS_CUDA_N_STAGES * TS_CUDA_STAGE_BYTES));
     for (int i = 0; i < TS_CUDA_N_STAGES; i++)
         TS_CUDA_TRY(cudaEventCreateWithFlags(&device->stage_events[i], cudaEventDisableTiming));
+    for (int i = 0; i < 2; i++)
+        TS_CUDA_TRY(cudaEventCreate(&device->marks[i]));
     TS_BLAS_TRY(cublasLtCreate(&device->blas));
     TS_CUDA_TRY(cudaMalloc(&device->blas_workspace, TS_CUDA_BLAS_BYTES));
     *out = &device->base;
