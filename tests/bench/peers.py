@@ -117,6 +117,8 @@ def time_peers(torch, options):
                 results.append({"kind": kind, "name": name, **time_call(torch, call, options.repeat)})
             except Exception as error:  # one peer that does not run here must not hide the others
                 results.append({"kind": kind, "name": name, "error": str(error).splitlines()[0]})
+            # Compiling a peer can take minutes: what is known by then is not lost with the rest.
+            print(f"peers.py: {json.dumps(results[-1])}", file=sys.stderr, flush=True)
     return results
 
 
