@@ -53,6 +53,18 @@ ts_status ts_device_synchronize(ts_device *device) {
     return device->backend->synchronize(device);
 }
 
+ts_status ts_device_timer_start(ts_device *device) {
+    return device->backend->mark(device, 0);
+}
+
+ts_status ts_device_timer_stop(ts_device *device, double *seconds) {
+    ts_status status = TS_OK;
+    TS_TRY(device->backend->mark(device, 1));
+    TS_TRY(device->backend->elapsed(device, seconds));
+done:
+    return status;
+}
+
 ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes) {
     return device->backend->memory(device, free_bytes, total_bytes);
 }

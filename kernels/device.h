@@ -6,7 +6,8 @@
 //     TS_TRY(ts_device_download(device, host, data, n_bytes)); // waits for what was enqueued before it
 //     ts_device_free(device);
 //
-// Work is ordered: each call acts as if it began when the one before it had ended. Only download and synchronize wait.
+// Work is ordered: each call acts as if it began when the one before it had ended. Only download, synchronize and a
+// timer's stop wait.
 // A backend is one ts_device_backend table for memory and one ts_ops table for arithmetic; shared code knows no other
 // name of it. A device is used from one thread at a time.
 #ifndef TS_DEVICE_H
@@ -40,6 +41,10 @@ typedef struct ts_device_backend {
     ts_status (*graph_launch)(ts_device *device, ts_device_graph *graph);
     bool (*graph_is_current)(const ts_device *device, const ts_device_graph *graph);
     void (*graph_free)(ts_device_graph *graph);
+    // Marks an instant between what was enqueued before and after; seconds from mark 0 to mark 1, once both have
+    // passed.
+    ts_status (*mark)(ts_device *device, int mark);
+    ts_status (*elapsed)(ts_device *device, double *seconds);
     // How weight matrices lie in memory; both NULL where they lie row by row.
     size_t (*weight_bytes)(int64_t n_rows, int64_t n_cols, ts_dtype dtype);
     ts_status (*upload_weight)(ts_device *device, void *data, const void *host, int64_t n_rows, int64_t n_cols,
@@ -98,6 +103,10 @@ ts_status ts_device_graph_launch(ts_device *device, ts_device_graph *graph);
 // False once the device's own scratch has moved: record it again.
 bool ts_device_graph_is_current(const ts_device *device, const ts_device_graph *graph);
 void ts_device_graph_free(ts_device *device, ts_device_graph *graph); // accepts NULL
+
+// Seconds that the device takes for what is enqueued between start and stop; stop waits for it. One timer a device.
+ts_status ts_device_timer_start(ts_device *device);
+ts_status ts_device_timer_stop(ts_device *device, double *seconds);
 
 // Bytes that could still be allocated, and bytes in all.
 ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_bytes);

@@ -196,6 +196,18 @@ done:
     return status;
 }
 
+ts_status ts_launch_device(ts_launch *launch, const ts_launch_options *options) {
+    return create_device(launch, options, 1);
+}
+
+// This rank's part of the model.
+static ts_status create_model(ts_launch *launch, const ts_launch_options *options) {
+    ts_group *tp = ts_grid_tp(launch->grid);
+    if (options->has_random_weights)
+        return ts_model_create_random(launch->device, tp, options->model, options->random_seed, &launch->model);
+    return ts_model_load(launch->device, tp, options->model, &launch->model);
+}
+
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
     launch->agreed = !options->model || (!allow_dp && options->dp > 1);
@@ -221,8 +233,7 @@ ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, b
     TS_TRY(ts_launch_agree(launch, ts_grid_check(shape, n_ranks, limits)));
     TS_TRY(ts_grid_create(launch->world, shape, &launch->grid));
     TS_TRY(ts_launch_agree(launch, create_device(launch, options, shape.tp)));
-    TS_TRY(ts_launch_agree(launch,
-                           ts_model_load(launch->device, ts_grid_tp(launch->grid), options->model, &launch->model)));
+    TS_TRY(ts_launch_agree(launch, create_model(launch, options)));
 done:
     return status;
 }

@@ -18,6 +18,8 @@ typedef struct ts_launch_options {
     int tp, dp;           // 0: what the number of ranks leaves
     int n_threads;        // 0: this rank's share of the processors
     int64_t prefill_chunk;
+    bool has_random_weights; // drawn from the seed; `model` needs only its config.json
+    uint64_t random_seed;
     bool help;
 } ts_launch_options;
 
@@ -78,6 +80,9 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
 
 // Turns one rank's status into everybody's. Collective over the world; `launch->agreed` says that all know.
 ts_status ts_launch_agree(ts_launch *launch, ts_status mine);
+
+// A device for a rank that needs no model. Not collective.
+ts_status ts_launch_device(ts_launch *launch, const ts_launch_options *options);
 
 // Device, grid and model, agreed upon. Replicas (dp) only where `allow_dp`. Collective over the world.
 ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp);

@@ -32,22 +32,38 @@ struct ts_model {
     int64_t n_rows; // of the last batch
 };
 
-ts_status ts_model_load(ts_device *device, ts_group *tp, const char *dir, ts_model **out) {
+// With `source` NULL the weights are those in `dir`.
+static ts_status create(ts_device *device, ts_group *tp, const char *dir, ts_weight_source *source, ts_model **out) {
     ts_status status = TS_OK;
-    ts_safetensors *files = NULL;
+    ts_weight_source *files = NULL;
     ts_model *model = calloc(1, sizeof *model);
     TS_CHECK(model, TS_ERR_MEMORY, "model: out of memory");
     model->device = device;
     model->tp = tp;
     TS_TRY(ts_config_load(dir, &model->config));
-    TS_TRY(ts_safetensors_open_model(dir, &files));
-    TS_TRY(ts_weights_load(device, &model->config, files, ts_group_rank(tp), ts_group_size(tp), &model->store,
-                           &model->weights));
+    if (!source)
+        TS_TRY(ts_weight_source_open_files(dir, &files));
+    TS_TRY(ts_weights_load(device, &model->config, source ? source : files, ts_group_rank(tp), ts_group_size(tp),
+                           &model->store, &model->weights));
     *out = model;
     model = NULL;
 done:
-    ts_safetensors_free(files);
+    ts_weight_source_free(files);
     ts_model_free(model);
+    return status;
+}
+
+ts_status ts_model_load(ts_device *device, ts_group *tp, const char *dir, ts_model **out) {
+    return create(device, tp, dir, NULL, out);
+}
+
+ts_status ts_model_create_random(ts_device *device, ts_group *tp, const char *dir, uint64_t seed, ts_model **out) {
+    ts_status status = TS_OK;
+    ts_weight_source *source = NULL;
+    TS_TRY(ts_weight_source_open_random(seed, &source));
+    TS_TRY(create(device, tp, dir, source, out));
+done:
+    ts_weight_source_free(source);
     return status;
 }
 

@@ -19,6 +19,9 @@ typedef struct ts_model ts_model;
 // `tp` only in that all ranks must load alike; no communication. `device` and `tp` are borrowed until free. A missing,
 // extra or misshapen tensor is an error that names it.
 ts_status ts_model_load(ts_device *device, ts_group *tp, const char *dir, ts_model **out);
+
+// A model of the shape that config.json in `dir` says, with weights drawn from a seed (runtime/weight_source.h).
+ts_status ts_model_create_random(ts_device *device, ts_group *tp, const char *dir, uint64_t seed, ts_model **out);
 void ts_model_free(ts_model *model);
 
 const ts_config *ts_model_config(const ts_model *model);

@@ -3,90 +3,22 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-// Part of a tensor of the file: rows [row, row + rows), columns [col, col + cols) of a matrix [all_rows, all_cols].
+// Part of a tensor of the source: rows [row, row + rows), columns [col, col + cols) of a matrix [all_rows, all_cols].
 typedef struct weight_part {
     const char *name; // within the layer's prefix
     int64_t all_rows, all_cols, row, rows, col, cols;
-    bool is_vector; // [all_cols] in the file, one row here
+    bool is_vector; // [all_cols] in the source, one row here
 } weight_part;
 
 typedef struct loader {
     ts_weight_store *store;
-    const ts_safetensors *files;
-    bool *used; // [tensors of files]
+    ts_weight_source *source;
 } loader;
 
-static ts_status find_part(loader *load, const char *prefix, const weight_part *part, const ts_safetensor **out) {
-    ts_status status = TS_OK;
+static ts_status find_part(loader *load, const char *prefix, const weight_part *part, ts_weight_tensor *out) {
     char name[256];
     snprintf(name, sizeof name, "%s%s", prefix, part->name);
-    const ts_safetensor *tensor = ts_safetensors_find(load->files, name);
-    TS_CHECK(tensor, TS_ERR_FORMAT, "%s: tensor \"%s\" is missing",
-             ts_safetensors_count(load->files) ? ts_safetensors_at(load->files, 0)->path : "model", name);
-    TS_CHECK(tensor->dtype == TS_F32 || tensor->dtype == TS_BF16 || tensor->dtype == TS_F16, TS_ERR_FORMAT,
-             "%s: tensor \"%s\" is %s; weights may be F32, BF16 or F16", tensor->path, name,
-             ts_dtype_name(tensor->dtype));
-    const bool fits = part->is_vector ? tensor->n_dims == 1 && tensor->shape[0] == part->all_cols
-                                      : tensor->n_dims == 2 && tensor->shape[0] == part->all_rows &&
-                                            tensor->shape[1] == part->all_cols;
-    if (!fits) {
-        char got[22 * TS_SAFETENSORS_MAX_DIMS] = "";
-        for (int i = 0, n = 0; i < tensor->n_dims; i++)
-            n += snprintf(got + n, sizeof got - (size_t)n, "%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
-        if (part->is_vector)
-            status = TS_FAIL(TS_ERR_FORMAT, "%s: tensor \"%s\" has shape [%s]; config.json asks for [%lld]",
-                             tensor->path, name, got, (long long)part->all_cols);
-        else
-            status = TS_FAIL(TS_ERR_FORMAT, "%s: tensor \"%s\" has shape [%s]; config.json asks for [%lld, %lld]",
-                             tensor->path, name, got, (long long)part->all_rows, (long long)part->all_cols);
-        goto done;
-    }
-    load->used[tensor - ts_safetensors_at(load->files, 0)] = true; // one array, in the order of names
-    *out = tensor;
-done:
-    return status;
-}
-
-static void widen(float *out, const char *in, ts_dtype dtype, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        uint16_t half;
-        switch (dtype) {
-        case TS_F32:
-            memcpy(out + i, in + 4 * i, 4);
-            break;
-        case TS_BF16:
-            memcpy(&half, in + 2 * i, 2);
-            out[i] = ts_bf16_to_f32(half);
-            break;
-        default:
-            memcpy(&half, in + 2 * i, 2);
-            out[i] = ts_f16_to_f32(half);
-        }
-    }
-}
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-static uint16_t narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x)
-        return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-// A row of the file in the dtype of the matrix: F32 or BF16, where that is not the file's.
-static void convert(char *out, ts_dtype to, const char *in, ts_dtype from, int64_t n) {
-    if (to == TS_F32) {
-        widen((float *)(void *)out, in, from, n);
-        return;
-    }
-    const size_t element = ts_dtype_bytes(from);
-    for (int64_t i = 0; i < n; i++) {
-        float wide;
-        widen(&wide, in + (size_t)i * element, from, 1);
-        const uint16_t half = narrow(wide);
-        memcpy(out + 2 * i, &half, sizeof half);
-    }
+    return ts_weight_source_find(load->source, name, part->is_vector, part->all_rows, part->all_cols, out);
 }
 
 static ts_status store_add(ts_weight_store *store, size_t n_bytes, void **out) {
@@ -106,11 +38,11 @@ done:
 }
 
 // Stacks parts row upon row into one matrix on the device: F32 where force_f32 is set, BF16 where the device computes
-// in it, else the dtype of the file where all parts agree and F32 where they do not.
+// in it, else the dtype of the source where all parts agree and F32 where they do not.
 static ts_status load_stack(loader *load, const char *prefix, const weight_part *parts, int n_parts, bool force_f32,
                             ts_tensor *out) {
     ts_status status = TS_OK;
-    const ts_safetensor *tensors[8];
+    ts_weight_tensor tensors[8];
     char *host = NULL;
     void *data;
     int64_t rows = 0;
@@ -118,26 +50,18 @@ static ts_status load_stack(loader *load, const char *prefix, const weight_part 
     for (int i = 0; i < n_parts; i++) {
         TS_TRY(find_part(load, prefix, &parts[i], &tensors[i]));
         rows += parts[i].rows;
-        agree = agree && tensors[i]->dtype == tensors[0]->dtype;
+        agree = agree && tensors[i].dtype == tensors[0].dtype;
     }
     const bool narrows = load->store->device->compute_dtype == TS_BF16;
-    const ts_dtype dtype = force_f32 ? TS_F32 : narrows ? TS_BF16 : agree ? tensors[0]->dtype : TS_F32;
+    const ts_dtype dtype = force_f32 ? TS_F32 : narrows ? TS_BF16 : agree ? tensors[0].dtype : TS_F32;
     const size_t row_bytes = (size_t)parts[0].cols * ts_dtype_bytes(dtype);
     host = malloc((size_t)rows * row_bytes);
     TS_CHECK(host, TS_ERR_MEMORY, "weights: out of memory for %zu bytes of \"%s%s\"", (size_t)rows * row_bytes, prefix,
              parts[0].name);
     char *at = host;
-    for (int i = 0; i < n_parts; i++) {
-        const size_t element = ts_dtype_bytes(tensors[i]->dtype);
-        for (int64_t r = 0; r < parts[i].rows; r++, at += row_bytes) {
-            const char *in = (const char *)tensors[i]->data +
-                             (size_t)((parts[i].row + r) * parts[i].all_cols + parts[i].col) * element;
-            if (tensors[i]->dtype == dtype)
-                memcpy(at, in, row_bytes);
-            else
-                convert(at, dtype, in, tensors[i]->dtype, parts[i].cols);
-        }
-    }
+    for (int i = 0; i < n_parts; i++)
+        for (int64_t r = 0; r < parts[i].rows; r++, at += row_bytes)
+            ts_weight_tensor_read(&tensors[i], parts[i].row + r, parts[i].col, parts[i].cols, dtype, at);
     ts_device *device = load->store->device;
     if (parts[0].is_vector) {
         TS_TRY(store_add(load->store, row_bytes, &data));
@@ -153,7 +77,7 @@ done:
 }
 
 static ts_status load_vector(loader *load, const char *prefix, const char *name, int64_t n, ts_tensor *out) {
-    const weight_part part = {.name = name, .all_cols = n, .rows = 1, .cols = n, .is_vector = true};
+    const weight_part part = {.name = name, .all_rows = 1, .all_cols = n, .rows = 1, .cols = n, .is_vector = true};
     return load_stack(load, prefix, &part, 1, true, out);
 }
 
@@ -166,11 +90,10 @@ static ts_status load_gate_bias(loader *load, const char *prefix, int64_t n_befo
     float *bias = calloc((size_t)(n_before + 2 * n_kv), sizeof *bias);
     TS_CHECK(bias, TS_ERR_MEMORY, "weights: out of memory");
     for (int i = 0; i < 2; i++) {
-        const weight_part part = {.name = names[i], .all_cols = all_kv, .is_vector = true};
-        const ts_safetensor *tensor;
+        const weight_part part = {.name = names[i], .all_rows = 1, .all_cols = all_kv, .is_vector = true};
+        ts_weight_tensor tensor;
         TS_TRY(find_part(load, prefix, &part, &tensor));
-        widen(bias + n_before + i * n_kv, (const char *)tensor->data + (size_t)first_kv * ts_dtype_bytes(tensor->dtype),
-              tensor->dtype, n_kv);
+        ts_weight_tensor_read(&tensor, 0, first_kv, n_kv, TS_F32, bias + n_before + i * n_kv);
     }
     TS_TRY(store_add(load->store, (size_t)(n_before + 2 * n_kv) * sizeof *bias, &data));
     TS_TRY(ts_device_upload(load->store->device, data, bias, (size_t)(n_before + 2 * n_kv) * sizeof *bias));
@@ -221,19 +144,18 @@ done:
     return status;
 }
 
-ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank,
+ts_status ts_weights_load(ts_device *device, const ts_config *config, ts_weight_source *source, int tp_rank,
                           int tp_size, ts_weight_store *store, ts_weights *weights) {
     ts_status status = TS_OK;
     const int64_t V = config->vocab_size, D = config->hidden_size;
     const int64_t begin = ts_vocabulary_begin(V, tp_rank, tp_size), end = ts_vocabulary_begin(V, tp_rank + 1, tp_size);
     const weight_part embedding = {"model.embed_tokens.weight", V, D, begin, end - begin, 0, D, false};
     const weight_part head = {"lm_head.weight", V, D, begin, end - begin, 0, D, false};
-    const size_t n_tensors = ts_safetensors_count(files);
-    loader load = {store, files, calloc(n_tensors + 1, sizeof(bool))};
+    loader load = {store, source};
     *weights = (ts_weights){.first_token = begin};
     store->device = device;
     weights->layers = calloc((size_t)config->n_layers, sizeof *weights->layers);
-    TS_CHECK(load.used && weights->layers, TS_ERR_MEMORY, "weights: out of memory");
+    TS_CHECK(weights->layers, TS_ERR_MEMORY, "weights: out of memory");
     TS_TRY(load_stack(&load, "", &embedding, 1, false, &weights->embedding));
     for (int32_t l = 0; l < config->n_layers; l++)
         TS_TRY(load_layer(&load, config, l, tp_rank, tp_size, &weights->layers[l]));
@@ -241,11 +163,8 @@ ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_s
     weights->head = weights->embedding;
     if (!config->tie_word_embeddings)
         TS_TRY(load_stack(&load, "", &head, 1, false, &weights->head));
-    for (size_t i = 0; i < n_tensors; i++)
-        TS_CHECK(load.used[i], TS_ERR_FORMAT, "%s: tensor \"%s\" has no place in the model that config.json describes",
-                 ts_safetensors_at(files, i)->path, ts_safetensors_at(files, i)->name);
+    TS_TRY(ts_weight_source_finish(source));
 done:
-    free(load.used);
     return status;
 }
 

@@ -1,11 +1,11 @@
-// The weights of one rank, and reading them out of a model's safetensors.
+// The weights of one rank, and bringing them from a source to the device.
 #ifndef TS_WEIGHTS_H
 #define TS_WEIGHTS_H
 
 #include "kernels/base/tensor.h"
 #include "kernels/device.h"
 #include "runtime/config.h"
-#include "runtime/safetensors.h"
+#include "runtime/weight_source.h"
 
 // How the layer mixes tokens. The layer loop calls a mixer by kind, so that others can stand beside this attention.
 typedef enum ts_mixer_kind { TS_MIXER_TILE_ATTENTION, TS_N_MIXERS } ts_mixer_kind;
@@ -45,7 +45,7 @@ typedef struct ts_weight_store {
 } ts_weight_store;
 
 // Fills *weights with rank `tp_rank`'s shard. *store owns the memory also when the call fails.
-ts_status ts_weights_load(ts_device *device, const ts_config *config, const ts_safetensors *files, int tp_rank,
+ts_status ts_weights_load(ts_device *device, const ts_config *config, ts_weight_source *source, int tp_rank,
                           int tp_size, ts_weight_store *store, ts_weights *weights);
 
 // Frees what the store owns, and the layer table of weights.

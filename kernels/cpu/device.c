@@ -49,6 +49,24 @@ static ts_status cpu_synchronize(ts_device *device) {
     return TS_OK;
 }
 
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Work is done when its call returns.
+static ts_status cpu_mark(ts_device *device, int mark) {
+    ts_cpu_device_of(device)->marks[mark] = seconds_now();
+    return TS_OK;
+}
+
+static ts_status cpu_elapsed(ts_device *device, double *seconds) {
+    const double *marks = ts_cpu_device_of(device)->marks;
+    *seconds = marks[1] - marks[0];
+    return TS_OK;
+}
+
 // The number that follows `key` in a file of the kernel; SIZE_MAX where there is none ("max" in a control group).
 static size_t read_number(const char *path, const char *key) {
     char line[256];
@@ -107,6 +125,8 @@ static const ts_device_backend cpu_backend = {
     .zero = cpu_zero,
     .synchronize = cpu_synchronize,
     .memory = cpu_memory,
+    .mark = cpu_mark,
+    .elapsed = cpu_elapsed,
     .weight_bytes = cpu_weight_bytes,
     .upload_weight = cpu_upload_weight,
 };
@@ -157,12 +177,6 @@ ts_status ts_cpu_device_scratch(ts_device *device, size_t n_bytes, void **out) {
     }
     *out = cpu->scratch;
     return TS_OK;
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 ts_status ts_cpu_sgemm_rate(ts_device *device, int n, double *flops_per_second) {

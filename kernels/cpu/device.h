@@ -10,6 +10,7 @@ typedef struct ts_cpu_device {
     int n_threads;
     void *scratch;
     size_t scratch_bytes;
+    double marks[2]; // of the timer
 } ts_cpu_device;
 
 static inline ts_cpu_device *ts_cpu_device_of(ts_device *device) {

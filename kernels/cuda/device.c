@@ -40,6 +40,9 @@ static void device_free(ts_device *base) {
     for (int i = 0; i < TS_CUDA_N_STAGES; i++)
         if (device->stage_events[i])
             (void)cudaEventDestroy(device->stage_events[i]);
+    for (int i = 0; i < 2; i++)
+        if (device->marks[i])
+            (void)cudaEventDestroy(device->marks[i]);
     if (device->stream)
         (void)cudaStreamDestroy(device->stream);
     free(device->linear_plans);
@@ -181,6 +184,22 @@ static bool graph_is_current(const ts_device *device, const ts_device_graph *gra
     return graph->scratch == ((const ts_cuda_device *)device)->scratch;
 }
 
+static ts_status device_mark(ts_device *device, int mark) {
+    const ts_cuda_device *cuda = ts_cuda_device_of(device);
+    return ts_cuda_status(cudaEventRecord(cuda->marks[mark], cuda->stream), "timer");
+}
+
+static ts_status device_elapsed(ts_device *device, double *seconds) {
+    ts_status status = TS_OK;
+    const ts_cuda_device *cuda = ts_cuda_device_of(device);
+    float milliseconds;
+    TS_CUDA_TRY(cudaEventSynchronize(cuda->marks[1]));
+    TS_CUDA_TRY(cudaEventElapsedTime(&milliseconds, cuda->marks[0], cuda->marks[1]));
+    *seconds = 1e-3 * (double)milliseconds;
+done:
+    return status;
+}
+
 static const ts_device_backend cuda_backend = {
     .name = "cuda",
     .free = device_free,
@@ -197,6 +216,8 @@ static const ts_device_backend cuda_backend = {
     .graph_launch = graph_launch,
     .graph_is_current = graph_is_current,
     .graph_free = graph_free,
+    .mark = device_mark,
+    .elapsed = device_elapsed,
 };
 
 int ts_cuda_device_count(void) {
@@ -251,6 +272,8 @@ ts_status ts_cuda_device_create(int ordinal, ts_dtype compute_dtype, int capabil
     TS_CUDA_TRY(cudaMallocHost((void **)&device->stages, (size_t)TS_CUDA_N_STAGES * TS_CUDA_STAGE_BYTES));
     for (int i = 0; i < TS_CUDA_N_STAGES; i++)
         TS_CUDA_TRY(cudaEventCreateWithFlags(&device->stage_events[i], cudaEventDisableTiming));
+    for (int i = 0; i < 2; i++)
+        TS_CUDA_TRY(cudaEventCreate(&device->marks[i]));
     TS_BLAS_TRY(cublasLtCreate(&device->blas));
     TS_CUDA_TRY(cudaMalloc(&device->blas_workspace, TS_CUDA_BLAS_BYTES));
     *out = &device->base;

@@ -27,6 +27,7 @@ typedef struct ts_cuda_device {
     char *stages;                               // [N_STAGES, STAGE_BYTES] pinned
     cudaEvent_t stage_events[TS_CUDA_N_STAGES]; // passed when the stage may be written again
     int next_stage;
+    cudaEvent_t marks[2]; // of the timer
     void *scratch;
     size_t scratch_bytes;
     cublasLtHandle_t blas;

@@ -61,6 +61,16 @@ refused 1 'token 2 is 256; the model.s vocabulary is 0 to 255' logits --model $m
 echo '[1, 2.5]' >ids
 refused 1 'entry 1 is not a token id' logits --model $model --tokens ids --output l
 [ ! -e l ] || fail "refused logits left a file"
+refused 1 'bench prefill, bench decode or bench kernel' bench
+refused 1 'bench: "stray" stands alone' bench stray
+refused 1 '--model DIR is missing' bench decode
+refused 1 'given together' bench decode --config $model
+refused 1 'given together' bench decode --model $model --random-weights 1
+refused 1 'one of the two is allowed' bench prefill --model $model --config $model --random-weights 1
+refused 1 '--random-weights is "x"; a whole number' bench prefill --config $model --random-weights x
+refused 1 '--op is "bogus"; embed, rms_norm, linear, swiglu and attention are allowed' bench kernel --op bogus
+refused 1 '--kv-heads is "3"; a divisor of --heads' bench kernel --heads 4 --kv-heads 3
+refused 1 '--head-dim is "96"; 64 or 128 are allowed' bench kernel --head-dim 96
 refused 1 'inspect: --model DIR is missing' inspect
 refused 1 'nowhere: cannot open' inspect --model nowhere
 refused 1 'are needed' show --input in
