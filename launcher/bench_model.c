@@ -3,6 +3,8 @@
 #include "launcher/bench.h"
 #include "launcher/devices.h"
 #include "runtime/batch.h"
+#include "runtime/decode_graphs.h"
+#include "runtime/device_sampler.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,13 +24,17 @@ typedef struct model_bench {
     int64_t chunk;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
-    int32_t *tokens;   // [chunk]
-    double *values[2]; // [repeats] each
+    ts_decode_graphs *graphs;
+    ts_device_sampler *sampler; // NULL where the device has none: a step then ends with its logits
+    int32_t *tokens;            // [chunk]
+    double *values[2];          // [repeats] each
 } model_bench;
 
 static void model_bench_free(model_bench *b) {
     free(b->tokens);
     free(b->values[0]);
+    ts_device_sampler_free(b->sampler);
+    ts_decode_graphs_free(b->graphs);
     ts_batch_buffer_free(b->buffer);
     ts_tile_cache_free(b->cache);
 }
@@ -39,7 +45,7 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     ts_status status = TS_OK;
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(launch->model), ts_group_size(launch->world));
     const int64_t max_rows = chunk > rows ? chunk : rows;
-    shape.slot_dtype = launch->device->compute_dtype;
+    shape.slot_dtype = launch->device->slot_dtype;
     *b = (model_bench){.launch = launch, .chunk = chunk};
     b->tokens = malloc((size_t)chunk * sizeof *b->tokens);
     b->values[0] = malloc(2 * (size_t)repeat * sizeof **b->values);
@@ -49,6 +55,11 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
                                 n_sequences * ts_tile_cache_pages_for(&shape, n_tokens), &b->cache));
     TS_TRY(ts_batch_buffer_create(launch->device, max_rows, &b->buffer));
     TS_TRY(ts_model_reserve(launch->model, max_rows));
+    TS_TRY(ts_model_reserve_logits(launch->model, rows));
+    ts_group *tp = ts_grid_tp(launch->grid);
+    TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, &b->graphs));
+    if (ts_device_sampler_is_possible(launch->device, tp))
+        TS_TRY(ts_device_sampler_create(launch->device, (int32_t)rows, &b->sampler));
 done:
     return status;
 }
@@ -166,8 +177,25 @@ void ts_bench_prefill_print(const json_t *result) {
     printf("\n");
 }
 
-// One step of each of n sequences, whose rows begin at `first`, from *position on; logits included. Gives the seconds
-// that `steps` of them took.
+// The largest logit of n rows, chosen on the device and read back, as a run does.
+static ts_status choose_greedily(model_bench *b, ts_tensor logits, int32_t n) {
+    ts_status status = TS_OK;
+    ts_next_token *next = malloc((size_t)n * sizeof *next);
+    const ts_sampler_row **rows = malloc((size_t)n * sizeof *rows);
+    ts_sampler_row row = {.params = ts_sampling_params_default()};
+    TS_CHECK(next && rows, TS_ERR_MEMORY, "bench: out of memory");
+    row.params.temperature = 0;
+    for (int32_t i = 0; i < n; i++)
+        rows[i] = &row;
+    TS_TRY(ts_device_sampler_choose(b->sampler, logits, rows, n, next));
+done:
+    free(next);
+    free(rows);
+    return status;
+}
+
+// One step of each of n sequences, whose rows begin at `first`, from *position on; logits and, on a GPU, greedy
+// sampling included. Gives the seconds that `steps` of them took.
 static ts_status decode(model_bench *b, int32_t first, int32_t n, int64_t steps, int64_t *position, double *seconds) {
     ts_status status = TS_OK;
     TS_TRY(ts_device_synchronize(b->launch->device));
@@ -182,8 +210,9 @@ static ts_status decode(model_bench *b, int32_t first, int32_t n, int64_t steps,
             TS_TRY(ts_batch_buffer_add(b->buffer, first + s, *position, &token, 1));
         }
         TS_TRY(ts_batch_buffer_upload(b->buffer, &batch));
-        TS_TRY(ts_model_forward(b->launch->model, b->cache, batch));
-        TS_TRY(ts_model_logits(b->launch->model, NULL, n, true, &logits));
+        TS_TRY(ts_decode_graphs_run(b->graphs, batch, &logits));
+        if (b->sampler)
+            TS_TRY(choose_greedily(b, logits, n));
     }
     TS_TRY(ts_device_synchronize(b->launch->device));
     *seconds = ts_launch_seconds() - start;
@@ -224,6 +253,7 @@ ts_status ts_bench_decode(ts_launch *launch, const ts_launch_options *shared, co
     const ts_bench_spread together = ts_bench_spread_of(b.values[1], repeat);
     TS_TRY(describe_run(launch, repeat, result));
     json_object_set_new(result, "batch", json_integer((json_int_t)batch));
+    json_object_set_new(result, "samples", json_boolean(b.sampler != NULL));
     json_object_set_new(result, "steps", json_integer((json_int_t)steps));
     json_object_set_new(result, "first_position", json_integer((json_int_t)(options->context + steps)));
     json_object_set_new(result, "last_position", json_integer((json_int_t)(position - 1)));

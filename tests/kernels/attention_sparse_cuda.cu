@@ -283,7 +283,7 @@ void time_prefill(ts_device *device, int64_t n, int d, int n_calls, ts_dtype slo
 
 int main(int argc, char **argv) {
     ts_device *device = NULL;
-    const ts_status status = ts_cuda_device_create(0, TS_BF16, &device);
+    const ts_status status = ts_cuda_device_create(0, TS_BF16, 0, &device);
     if (status == TS_ERR_UNSUPPORTED) {
         printf("SKIP: %s\n", ts_status_message());
         return kSkipped;
