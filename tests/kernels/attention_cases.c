@@ -366,8 +366,7 @@ static void case_run(ts_device *device, const attention_case *c, ts_dtype activa
     }
 }
 
-// Those of up to most_tokens tokens in all.
-static int run_cases(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, int most_tokens, FILE *report) {
+int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, int most_tokens, FILE *report) {
     char name[64];
     snprintf(name, sizeof name, "attention (slots %s)", ts_dtype_name(slot_dtype));
     case_group group = {.name = name, .report = report};
@@ -379,12 +378,4 @@ static int run_cases(ts_device *device, ts_dtype activation, ts_dtype slot_dtype
             case_run(device, &cases[i], activation, slot_dtype, &group);
     }
     return case_group_end(&group);
-}
-
-int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report) {
-    return run_cases(device, activation, slot_dtype, INT_MAX, report);
-}
-
-int attention_cases_run_small(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report) {
-    return run_cases(device, activation, slot_dtype, 900, report);
 }

@@ -2,7 +2,7 @@
 // op's equation in float64, written here and not taken from any backend.
 //
 //     int n_failed = op_cases_run(device, TS_F32, TS_F32, stdout);
-//     n_failed += attention_cases_run(device, TS_F32, TS_F32, stdout);
+//     n_failed += attention_cases_run(device, TS_F32, TS_F32, INT_MAX, stdout);
 //
 // The error of a case is the largest over rows of |out - expected| / |expected|, in the Euclidean norm; the expected
 // values come from the inputs as rounded to the dtype the op is given. Outputs are filled with NaN before each run.
@@ -17,13 +17,13 @@
 // with the worst error. Returns the failures.
 int op_cases_run(ts_device *device, ts_dtype activation, FILE *report);
 
-// The attention cases and, with them, importance and pruning; tile states of slot_dtype.
-int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report);
+// The attention cases of up to most_tokens tokens in all and, with them, importance and pruning; tile states of
+// slot_dtype.
+int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, int most_tokens, FILE *report);
 
-// Of both a part that ends soon under a tool that slows kernels down a thousand times: no products, whose kernels are
-// mostly another's, and attention over few tokens.
+// A part of the first that ends soon under a tool that slows kernels down a thousand times: no products, whose kernels
+// are mostly another's.
 int op_cases_run_small(ts_device *device, ts_dtype activation, FILE *report);
-int attention_cases_run_small(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, FILE *report);
 
 // For the case lists themselves.
 

@@ -1,8 +1,8 @@
-# sanitize_cuda.sh TOOL PROGRAM: the small op cases under compute-sanitizer's memcheck or racecheck, without a finding.
+# sanitize_cuda.sh TOOL PROGRAM TOKENS: the op cases of up to TOKENS tokens under compute-sanitizer's memcheck or racecheck, without a finding.
 set -euo pipefail
-tool=$1 program=$2
+tool=$1 program=$2 tokens=$3
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer) ||
   { echo "SKIP: no compute-sanitizer in PATH or /usr/local/cuda/bin"; exit 77; }
 code=0
-"$sanitizer" --tool "$tool" --error-exitcode 9 "$program" small || code=$?
+"$sanitizer" --tool "$tool" --error-exitcode 9 "$program" small "$tokens" || code=$?
 exit $code

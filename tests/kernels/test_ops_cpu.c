@@ -2,6 +2,7 @@
 #include "op_cases.h"
 
 #include <criterion/criterion.h>
+#include <limits.h>
 
 static int failures(int (*run)(ts_device *device)) {
     ts_device *device = NULL;
@@ -16,12 +17,12 @@ static int small_ops(ts_device *device) {
 }
 
 static int attention(ts_device *device) {
-    return attention_cases_run(device, TS_F32, TS_F32, stderr);
+    return attention_cases_run(device, TS_F32, TS_F32, INT_MAX, stderr);
 }
 
 static int attention_with_rounded_slots(ts_device *device) {
-    return attention_cases_run(device, TS_F32, TS_BF16, stderr) +
-           attention_cases_run(device, TS_F32, TS_FP8_E4M3, stderr);
+    return attention_cases_run(device, TS_F32, TS_BF16, INT_MAX, stderr) +
+           attention_cases_run(device, TS_F32, TS_FP8_E4M3, INT_MAX, stderr);
 }
 
 Test(ops_cpu, every_case_of_the_small_ops) {
