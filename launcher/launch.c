@@ -114,7 +114,7 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
                           ts_launch_options *out, ts_status (*own)(void *context, int option, const char *value),
                           void *context) {
     ts_status status = TS_OK;
-    *out = (ts_launch_options){.device = "auto", .prefill_chunk = 1024, .cache_dtype = TS_N_DTYPES};
+    *out = (ts_launch_options){.device = "auto", .cache_dtype = TS_N_DTYPES};
     opterr = 0;
     optind = 1;
     for (int option; (option = getopt_long(argc, argv, ":", table, NULL)) != -1;) {
@@ -169,8 +169,11 @@ static int default_tp(const ts_config *config, int n_ranks, int dp) {
     return tp;
 }
 
+// Without --prefill-chunk: rows enough to keep the device busy.
+enum { CPU_CHUNK = 1024, GPU_CHUNK = 8192 };
+
 // One rank's device: with auto a GPU where one is visible, ranks of a node taking them in turn.
-static ts_status create_device(ts_launch *launch, const ts_launch_options *options, int tp) {
+static ts_status create_device(ts_launch *launch, ts_launch_options *options, int tp) {
     ts_status status = TS_OK;
     const bool wants_cuda = strcmp(options->device, "cuda") == 0;
     const bool wants_bf16 = options->dtype && strcmp(options->dtype, "bf16") == 0;
@@ -190,13 +193,15 @@ static ts_status create_device(ts_launch *launch, const ts_launch_options *optio
         TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),
                                     &launch->device));
     }
+    if (options->prefill_chunk == 0)
+        options->prefill_chunk = strcmp(launch->device->backend->name, "cpu") == 0 ? CPU_CHUNK : GPU_CHUNK;
     if (options->cache_dtype != TS_N_DTYPES)
         launch->device->slot_dtype = options->cache_dtype;
 done:
     return status;
 }
 
-ts_status ts_launch_device(ts_launch *launch, const ts_launch_options *options) {
+ts_status ts_launch_device(ts_launch *launch, ts_launch_options *options) {
     return create_device(launch, options, 1);
 }
 
@@ -208,7 +213,7 @@ static ts_status create_model(ts_launch *launch, const ts_launch_options *option
     return ts_model_load(launch->device, tp, options->model, &launch->model);
 }
 
-ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp) {
+ts_status ts_launch_model(ts_launch *launch, ts_launch_options *options, bool allow_dp) {
     ts_status status = TS_OK;
     launch->agreed = !options->model || (!allow_dp && options->dp > 1);
     TS_CHECK(options->model, TS_ERR_INVALID,

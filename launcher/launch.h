@@ -10,14 +10,14 @@
 
 // Options that several subcommands share.
 typedef struct ts_launch_options {
-    const char *model;    // directory
-    const char *device;   // "cpu", "cuda" or "auto": cuda where a GPU is visible
-    const char *dtype;    // "f32", "bf16" or NULL: what suits the device
-    ts_dtype cache_dtype; // of held tile states; TS_N_DTYPES: the arithmetic's
-    int cuda_capability;  // of the kernels that a GPU runs: 0 its own, 80 those of an A100
-    int tp, dp;           // 0: what the number of ranks leaves
-    int n_threads;        // 0: this rank's share of the processors
-    int64_t prefill_chunk;
+    const char *model;       // directory
+    const char *device;      // "cpu", "cuda" or "auto": cuda where a GPU is visible
+    const char *dtype;       // "f32", "bf16" or NULL: what suits the device
+    ts_dtype cache_dtype;    // of held tile states; TS_N_DTYPES: the arithmetic's
+    int cuda_capability;     // of the kernels that a GPU runs: 0 its own, 80 those of an A100
+    int tp, dp;              // 0: what the number of ranks leaves
+    int n_threads;           // 0: this rank's share of the processors
+    int64_t prefill_chunk;   // 0 until a device is there
     bool has_random_weights; // drawn from the seed; `model` needs only its config.json
     uint64_t random_seed;
     bool help;
@@ -62,7 +62,7 @@ enum {
     "  --model DIR          directory with config.json and model.safetensors (or its index)\n"                         \
     "  --tp N               ranks that share a model: heads, mlp, vocabulary (default: as many as can)\n"              \
     "  --threads N          threads of each rank (default: its share of the processors)\n"                             \
-    "  --prefill-chunk N    prompt tokens read in one step (default 1024)\n"                                           \
+    "  --prefill-chunk N    prompt tokens read in one step (default 1024, on cuda 8192)\n"                             \
     "  --device NAME        cpu, cuda, or auto: cuda where a GPU is visible (default auto)\n"                          \
     "  --dtype NAME         arithmetic: f32, on cuda also bf16 (default: f32 on cpu, bf16 on cuda)\n"                  \
     "  --cuda-kernels NAME  own: those made for the GPU; sm_80: those of an A100, on any (default own)\n"              \
@@ -81,11 +81,12 @@ ts_status ts_launch_parse(ts_launch *launch, int argc, char **argv, const struct
 // Turns one rank's status into everybody's. Collective over the world; `launch->agreed` says that all know.
 ts_status ts_launch_agree(ts_launch *launch, ts_status mine);
 
-// A device for a rank that needs no model. Not collective.
-ts_status ts_launch_device(ts_launch *launch, const ts_launch_options *options);
+// A device for a rank that needs no model; sets options->prefill_chunk where it is 0. Not collective.
+ts_status ts_launch_device(ts_launch *launch, ts_launch_options *options);
 
-// Device, grid and model, agreed upon. Replicas (dp) only where `allow_dp`. Collective over the world.
-ts_status ts_launch_model(ts_launch *launch, const ts_launch_options *options, bool allow_dp);
+// Device, grid and model, agreed upon; sets options->prefill_chunk where it is 0. Replicas (dp) only where `allow_dp`.
+// Collective over the world.
+ts_status ts_launch_model(ts_launch *launch, ts_launch_options *options, bool allow_dp);
 void ts_launch_end(ts_launch *launch);
 
 // Seconds on a clock that only goes forward.

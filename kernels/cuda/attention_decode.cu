@@ -15,10 +15,14 @@ constexpr int kFeatures = 16; // of a warp
 
 template <int D> constexpr int kThreadsOf = 32 * D / kFeatures;
 
+// Large tiles leave no room for S^ in the shared memory of an A100: it is read where it lies.
+template <int D, int T> constexpr bool kHoldsState = T < 128;
+
 template <int D, int T> struct tile_in_shared {
-    static constexpr int pitch = D + 4; // floats: threads that read one column of neighbouring keys share no bank
-    float state[D][D];
-    float keys[T][pitch], values[T][pitch];
+    static constexpr int kSharers = kThreadsOf<D> / T; // threads that share a key, 4 elements of it in turn
+    float state[kHoldsState<D, T> ? D : 1][D];
+    float keys[T][D + 4 * kSharers]; // 8 threads that read 16 bytes each share no bank
+    float values[T][D];
     float query[D], mass[D], weights[T];
     float sums[D / kFeatures][D];
     float below[kThreadsOf<D> / 32];
@@ -37,6 +41,15 @@ template <int D> __device__ __forceinline__ void add_row(float *acc, float weigh
     }
 }
 
+// Row 0 of S^, where this block reads it.
+template <int D, int T>
+__device__ __forceinline__ const float *state_of(const tile_in_shared<D, T> &s, const float *in_cache) {
+    if constexpr (kHoldsState<D, T>)
+        return s.state[0];
+    else
+        return in_cache;
+}
+
 // S^ and z^ of the tile that follows.
 template <int D, int T>
 __device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, int64_t head, int64_t tile) {
@@ -47,16 +60,18 @@ __device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, 
     if (tid < T)
         s.weights[tid] = ts::reach_of(s.c_now - a.cache.open_c[head * T + tid]);
     __syncthreads();
+    float *state = a.cache.state + head * D * D;
+    const float *before = state_of<D, T>(s, state);
     float acc[kFeatures][kColumns] = {};
+#pragma unroll
     for (int i = 0; i < kFeatures; i++)
-        add_row<D>(acc[i], reach, s.state[first + i], lane);
+        add_row<D>(acc[i], reach, before + (first + i) * D, lane);
     for (int m = 0; m < T; m++) {
         const float weight = s.weights[m];
 #pragma unroll
         for (int i = 0; i < kFeatures; i++)
             add_row<D>(acc[i], weight * s.keys[m][first + i], s.values[m], lane);
     }
-    float *state = a.cache.state + head * D * D;
 #pragma unroll
     for (int i = 0; i < kFeatures; i++)
 #pragma unroll
@@ -78,7 +93,7 @@ __device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, 
 template <typename A, int D, int T>
 __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_constant__ ts_cuda_attention a) {
     constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 32, kVectors = D / 4;
-    constexpr int kSharers = kThreads / T, kShare = D / kSharers; // threads that share a key, and elements of each
+    constexpr int kSharers = tile_in_shared<D, T>::kSharers;
     static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
     extern __shared__ float4 stage[];
     auto &s = *(tile_in_shared<D, T> *)stage;
@@ -90,9 +105,11 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     float *open_k = a.cache.open_k + head * T * D, *open_v = a.cache.open_v + head * T * D;
     double *open_c = a.cache.open_c + head * T;
     const float *state = a.cache.state + head * D * D;
+    if constexpr (kHoldsState<D, T>)
 #pragma unroll
-    for (int i = tid; i < D * kVectors; i += kThreads)
-        ts::copy_async(&s.state[0][0] + 4 * i, state + 4 * i);
+        for (int i = tid; i < D * kVectors; i += kThreads)
+            ts::copy_async(&s.state[0][0] + 4 * i, state + 4 * i);
+    state = state_of<D, T>(s, state);
     for (int i = tid; i < n * kVectors; i += kThreads) {
         const int m = i / kVectors, e = i % kVectors * 4;
         ts::copy_async(&s.keys[m][e], open_k + m * D + e);
@@ -100,7 +117,7 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     }
     ts::copy_commit();
     const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
-    const int key = tid / kSharers, share = tid % kSharers * kShare;
+    const int key = tid / kSharers, share = tid % kSharers;
     const double c_of_key = key < n ? open_c[key] : 0.0;
     const float raw_k = tid < D ? ts::load(row.k + j * D + tid) : 0.0f;
     const float value = tid < D ? ts::load(row.v + j * D + tid) : 0.0f;
@@ -139,8 +156,8 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
         float dot = 0;
         if (key <= n)
 #pragma unroll
-            for (int e = 0; e < kShare; e += 4) {
-                const float4 q = ts::load4(s.query + share + e), k = ts::load4(&s.keys[key][share + e]);
+            for (int e = 4 * share; e < D; e += 4 * kSharers) {
+                const float4 q = ts::load4(s.query + e), k = ts::load4(&s.keys[key][e]);
                 dot += q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
             }
 #pragma unroll
@@ -157,7 +174,7 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
         float acc[kColumns] = {};
 #pragma unroll
         for (int i = 0; i < kFeatures; i++)
-            add_row<D>(acc, reach * s.query[warp * kFeatures + i], s.state[warp * kFeatures + i], lane);
+            add_row<D>(acc, reach * s.query[warp * kFeatures + i], state + (warp * kFeatures + i) * D, lane);
         __syncthreads();
         for (int m = warp; m <= n; m += kWarps)
             add_row<D>(acc, s.weights[m], s.values[m], lane);
@@ -184,6 +201,7 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
 template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
     constexpr int bytes = (int)sizeof(tile_in_shared<D, T>);
     const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
+    static_assert(bytes <= 163 << 10, "what a block may have on an A100");
     (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     decode_kernel<A, D, T><<<grid, kThreadsOf<D>, bytes, stream>>>(*a);
 }
