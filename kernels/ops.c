@@ -114,6 +114,7 @@ ts_status ts_op_attention(ts_device *device, const ts_attention_args *args) {
     TS_NEED(args->qkvg.cols == (n_heads + 2 * n_kv_heads) * d + 2 * n_kv_heads && args->y.cols == n_heads * d &&
                 args->qkvg.rows == args->batch->n_rows && args->y.rows == args->batch->n_rows,
             "attention", "qkvg must be [M, (H + 2 KV) d + 2 KV] and y [M, H d]");
+    TS_NEED(cache->open_dtype == args->qkvg.dtype, "attention", "the cache's open tiles must be of qkvg's dtype");
     TS_NEED(batch_covers_rows(args->batch), "attention", "the spans must cover the batch's rows in order");
     TS_DISPATCH(attention);
 done:

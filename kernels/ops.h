@@ -41,8 +41,13 @@ typedef struct ts_batch {
 // Per sequence s and KV head j, at index (s * n_kv_heads + j):
 typedef struct ts_tile_cache_layer {
     int32_t n_heads, n_kv_heads, head_dim, tile_size;
-    float *open_k;     // [T, d] k^ of the open tile, first position % T rows valid
-    float *open_v;     // [T, d]
+    // The open tile, first position % T rows valid, of open_dtype. F32: open_k is k^. BF16: it is W_k h, which BF16
+    // holds exactly, and k^ = open_gate phi(open_k) is formed where it is read; rounding k^ would move z and what rules
+    // 2 and 3 decide by it.
+    ts_dtype open_dtype;
+    void *open_k;      // [T, d]
+    void *open_v;      // [T, d]
+    float *open_gate;  // [T] eq. (2); BF16 only, else NULL
     double *open_c;    // [T] eq. (5)
     float *query_sum;  // [d] sum of q^ over the open tile and the query heads of the group
     double *decay_end; // [1] E of the last complete tile, eq. (6)

@@ -381,6 +381,7 @@ static ts_tile_cache_shape cache_shape(const kernel_bench *b, bool is_sparse) {
         .tile_size = 64,
         .is_sparse = is_sparse,
         .sparsity = is_sparse ? sparsity : (ts_sparsity){0},
+        .open_dtype = b->dtype,
         .slot_dtype = b->dtype,
     };
 }
@@ -455,9 +456,10 @@ static ts_status bench_attention_decode(kernel_bench *b) {
     const int64_t T = shape.tile_size, n_tokens = (s->repeat + 8) * T;
     const int64_t max_rows = s->batch * T > s->batch ? s->batch * T : s->batch;
     const double n = (double)s->batch, H = (double)s->heads, KV = (double)s->kv_heads, d = (double)s->head_dim;
-    // Of a KV head: its state, half a tile of k^, v (f32) and c (f64), and the row that is added; a T-th of the states
+    // Of a KV head: its state, half a tile of keys, values and c (f64), and the row that is added; a T-th of the states
     // is written.
-    const double open = ((double)T / 2 + 1) * (2 * d * 4 + 8), state = (d * d + d) * 4;
+    const double element = (double)ts_dtype_bytes(b->dtype), open_row = 2 * d * element + (element < 4 ? 12 : 8);
+    const double open = ((double)T / 2 + 1) * open_row, state = (d * d + d) * 4;
     const double bytes = n * (KV * (open + state * (1 + 1.0 / (double)T)) +
                               (2 * H * d + 2 * KV * d + 2 * KV) * (double)ts_dtype_bytes(b->dtype));
     const double flops = 2 * n * (H * (d * d + (double)T * d) + KV * d * d);

@@ -45,6 +45,7 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     ts_status status = TS_OK;
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(launch->model), ts_group_size(launch->world));
     const int64_t max_rows = chunk > rows ? chunk : rows;
+    shape.open_dtype = launch->device->compute_dtype;
     shape.slot_dtype = launch->device->slot_dtype;
     *b = (model_bench){.launch = launch, .chunk = chunk};
     b->tokens = malloc((size_t)chunk * sizeof *b->tokens);

@@ -52,6 +52,7 @@ static ts_status plan_memory(ts_launch *launch, size_t cache_bytes, const ts_rep
     const ts_config *config = ts_model_config(launch->model);
     const int tp = ts_grid_extent(launch->grid).tp;
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, tp);
+    shape.open_dtype = launch->device->compute_dtype;
     shape.slot_dtype = limits->slot_dtype;
     size_t free_bytes, total_bytes;
     TS_TRY(ts_device_memory(launch->device, &free_bytes, &total_bytes));

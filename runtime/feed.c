@@ -20,6 +20,7 @@ ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const
     const int64_t most = options.chunk < n_tokens ? options.chunk : n_tokens, step = options.decode ? 1 : most;
     TS_CHECK(options.chunk > 0, TS_ERR_INVALID, "prefill chunk is %lld; 1 or more is allowed",
              (long long)options.chunk);
+    shape.open_dtype = device->compute_dtype;
     shape.slot_dtype = device->slot_dtype;
     TS_TRY(ts_tile_cache_create(device, &shape, 1, ts_tile_cache_pages_for(&shape, n_tokens), &cache));
     TS_TRY(ts_model_reserve(model, step));

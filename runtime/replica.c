@@ -54,6 +54,7 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     replica->tp = tp;
     replica->model = model;
     replica->options = *options;
+    shape.open_dtype = device->compute_dtype;
     shape.slot_dtype = options->slot_dtype;
     replica->rows = calloc(n, sizeof *replica->rows);
     replica->n_prompt = calloc(n, sizeof *replica->n_prompt);

@@ -32,7 +32,7 @@ typedef struct layer_array {
     bool per_page;
 } layer_array;
 
-enum { MAX_ARRAYS = 15 };
+enum { MAX_ARRAYS = 16 };
 
 static size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
@@ -40,10 +40,12 @@ static size_t aligned(size_t n_bytes) {
 
 static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX_ARRAYS]) {
     const size_t d = (size_t)shape->head_dim, T = (size_t)shape->tile_size;
+    const size_t open_bytes = T * d * ts_dtype_bytes(shape->open_dtype);
     const bool is_fp8 = shape->slot_dtype == TS_FP8_E4M3;
     const layer_array all[] = {
-        {offsetof(ts_tile_cache_layer, open_k), T * d * sizeof(float), false},
-        {offsetof(ts_tile_cache_layer, open_v), T * d * sizeof(float), false},
+        {offsetof(ts_tile_cache_layer, open_k), open_bytes, false},
+        {offsetof(ts_tile_cache_layer, open_v), open_bytes, false},
+        {offsetof(ts_tile_cache_layer, open_gate), shape->open_dtype == TS_F32 ? 0 : T * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, open_c), T * sizeof(double), false},
         {offsetof(ts_tile_cache_layer, query_sum), d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, decay_end), sizeof(double), false},
@@ -83,6 +85,7 @@ ts_tile_cache_shape ts_tile_cache_shape_of(const ts_config *config, int tp_size)
         .tile_size = config->tile_size,
         .is_sparse = config->is_sparse,
         .sparsity = config->sparsity,
+        .open_dtype = TS_F32,
         .slot_dtype = TS_F32,
     };
 }
@@ -135,6 +138,7 @@ static ts_status create_layer(ts_tile_cache *cache, int32_t l) {
         .n_pages = cache->n_pages,
         .page_table_stride = cache->page_table_stride,
         .page_table = cache->page_table,
+        .open_dtype = shape->open_dtype,
         .slot_dtype = shape->slot_dtype,
         .pruned = (const uint8_t *const *)cache->history.pruned,
     };

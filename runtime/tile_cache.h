@@ -24,10 +24,11 @@ typedef struct ts_tile_cache_shape {
     int32_t n_layers, n_heads, n_kv_heads, head_dim, tile_size;
     bool is_sparse;
     ts_sparsity sparsity;
+    ts_dtype open_dtype; // of the open tile: the device's compute_dtype
     ts_dtype slot_dtype; // of held tile states: F32, BF16 or FP8_E4M3
 } ts_tile_cache_shape;
 
-// With slots of F32.
+// With open tiles and slots of F32.
 ts_tile_cache_shape ts_tile_cache_shape_of(const ts_config *config, int tp_size);
 
 // Tiles that a KV head of a sequence of n_tokens can hold at once: pages to borrow. 0 in dense form.

@@ -158,8 +158,8 @@ static void keep_open(const heads *h, const workspace *work, const piece *p, int
     for (int64_t i = 0; i < p->n_tokens; i++) {
         const float *x = row_of(h, p->row + i);
         const int64_t at = head * h->T + p->first + i;
-        memcpy(cache->open_k + at * h->d, x + h->at.k + j * h->d, (size_t)h->d * sizeof(float));
-        memcpy(cache->open_v + at * h->d, x + h->at.v + j * h->d, (size_t)h->d * sizeof(float));
+        memcpy((float *)cache->open_k + at * h->d, x + h->at.k + j * h->d, (size_t)h->d * sizeof(float));
+        memcpy((float *)cache->open_v + at * h->d, x + h->at.v + j * h->d, (size_t)h->d * sizeof(float));
         cache->open_c[at] = work->c[j * h->args->batch->n_rows + p->row + i];
     }
 }
@@ -181,8 +181,8 @@ static ts_tile_keys keys_of(const heads *h, const workspace *work, const piece *
     }
     const int64_t at = head_index(h, p, j) * h->T;
     return (ts_tile_keys){
-        .k = cache->open_k + at * h->d,
-        .v = cache->open_v + at * h->d,
+        .k = (float *)cache->open_k + at * h->d,
+        .v = (float *)cache->open_v + at * h->d,
         .k_stride = h->d,
         .v_stride = h->d,
         .c = cache->open_c + at,
@@ -391,9 +391,10 @@ static void decode_head(const heads *h, const ts_span *span, int32_t j, double *
     if (n == 0)
         memset(query_sum, 0, (size_t)d * sizeof *query_sum);
     token_features(h, span->row, j, n > 0 ? c[n - 1] : 0.0, &c[n], query_sum);
-    memcpy(cache->open_k + (head * h->T + n) * d, x + h->at.k + j * d, (size_t)d * sizeof(float));
-    memcpy(cache->open_v + (head * h->T + n) * d, x + h->at.v + j * d, (size_t)d * sizeof(float));
-    const ts_tile_keys keys = {cache->open_k + head * h->T * d, cache->open_v + head * h->T * d, d, d, c, n + 1};
+    float *open_k = (float *)cache->open_k + head * h->T * d, *open_v = (float *)cache->open_v + head * h->T * d;
+    memcpy(open_k + n * d, x + h->at.k + j * d, (size_t)d * sizeof(float));
+    memcpy(open_v + n * d, x + h->at.v + j * d, (size_t)d * sizeof(float));
+    const ts_tile_keys keys = {open_k, open_v, d, d, c, n + 1};
     for (int64_t i = j * h->group; i < (j + 1) * h->group; i++)
         token_output(h, x + i * d, &keys, state, mass,
                      (float *)h->args->y.data + span->row * h->args->y.stride + i * d);

@@ -97,7 +97,8 @@ template <typename A, int D> struct tile_keys {
     const A *k, *v;
     int64_t stride;
     const float *gate;
-    const float *open_k, *open_v; // NULL: k and v are meant
+    const A *open_k, *open_v; // NULL: k and v are meant
+    const float *open_gate;   // of BF16
     const double *c;
 
     __device__ tile_keys(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j) {
@@ -108,22 +109,31 @@ template <typename A, int D> struct tile_keys {
         v = row.v + j * D;
         stride = a.qkvg.stride;
         gate = a.gate + j * a.n_rows + piece.row;
-        open_k = is_open ? a.cache.open_k + at * D : NULL;
-        open_v = is_open ? a.cache.open_v + at * D : NULL;
+        open_k = is_open ? (const A *)a.cache.open_k + at * D : NULL;
+        open_v = is_open ? (const A *)a.cache.open_v + at * D : NULL;
+        open_gate = is_open ? a.cache.open_gate + at : NULL;
         c = is_open ? a.cache.open_c + at : a.c + j * a.n_rows + piece.row;
     }
     // k^ at token m, elements e .. e + 3.
     __device__ float4 key(int m, int e) const {
-        if (open_k)
+        if (open_k && sizeof(A) == 4)
             return load4(open_k + m * D + e);
-        const float4 x = load4(k + m * stride + e);
-        const float g = gate[m];
+        const float4 x = open_k ? load4(open_k + m * D + e) : load4(k + m * stride + e);
+        const float g = open_k ? open_gate[m] : gate[m];
         return make_float4(g * elu1(x.x), g * elu1(x.y), g * elu1(x.z), g * elu1(x.w));
     }
     __device__ float4 value(int m, int e) const {
         return open_v ? load4(open_v + m * D + e) : load4(v + m * stride + e);
     }
 };
+
+// What the open tile keeps of a key: k^ in F32, the projection itself in BF16, with its gate beside it (ops.h).
+__device__ __forceinline__ float open_key(const float *k, float gate) {
+    return gate * elu1(*k);
+}
+__device__ __forceinline__ bf16 open_key(const bf16 *k, float gate) {
+    return *k;
+}
 
 } // namespace ts
 #endif

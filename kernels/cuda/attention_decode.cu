@@ -18,11 +18,13 @@ template <int D> constexpr int kThreadsOf = 32 * D / kFeatures;
 // Large tiles leave no room for S^ in the shared memory of an A100: it is read where it lies.
 template <int D, int T> constexpr bool kHoldsState = T < 128;
 
-template <int D, int T> struct tile_in_shared {
-    static constexpr int kSharers = kThreadsOf<D> / T; // threads that share a key, 4 elements of it in turn
+// Keys and values are of the activations' dtype, as in the cache (ops.h): k^ in F32, its projection in BF16.
+template <typename A, int D, int T> struct tile_in_shared {
+    static constexpr int kVector = 16 / (int)sizeof(A);
+    static constexpr int kSharers = kThreadsOf<D> / T; // threads that share a key, 16 bytes of it in turn
     float state[kHoldsState<D, T> ? D : 1][D];
-    float keys[T][D + 4 * kSharers]; // 8 threads that read 16 bytes each share no bank
-    float values[T][D];
+    A keys[T][D + kVector * kSharers]; // 8 threads that read 16 bytes each share no bank
+    A values[T][D];
     float query[D], mass[D], weights[T];
     float sums[D / kFeatures][D];
     float below[kThreadsOf<D> / 32];
@@ -40,10 +42,42 @@ template <int D> __device__ __forceinline__ void add_row(float *acc, float weigh
         acc[0] += weight * x.x, acc[1] += weight * x.y, acc[2] += weight * x.z, acc[3] += weight * x.w;
     }
 }
+template <int D> __device__ __forceinline__ void add_row(float *acc, float weight, const ts::bf16 *row, int lane) {
+    if constexpr (D == 64) {
+        const float2 x = __bfloat1622float2(*(const __nv_bfloat162 *)(row + 2 * lane));
+        acc[0] += weight * x.x, acc[1] += weight * x.y;
+    } else {
+        const float4 x = ts::load4(row + 4 * lane);
+        acc[0] += weight * x.x, acc[1] += weight * x.y, acc[2] += weight * x.z, acc[3] += weight * x.w;
+    }
+}
+
+// phi of a key's elements; its gate is in its weight.
+__device__ __forceinline__ float feature(float k) {
+    return k;
+}
+__device__ __forceinline__ float feature(ts::bf16 k) {
+    return ts::elu1_fast(ts::load(&k));
+}
+__device__ __forceinline__ float dot_16_bytes(const float *query, const float *key) {
+    const float4 q = ts::load4(query), k = ts::load4(key);
+    return q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
+}
+__device__ __forceinline__ float dot_16_bytes(const float *query, const ts::bf16 *key) {
+    float k[8], sum = 0;
+    ts::unpack(*(const uint4 *)key, k);
+#pragma unroll
+    for (int e = 0; e < 8; e += 4) {
+        const float4 q = ts::load4(query + e);
+        sum += q.x * ts::elu1_fast(k[e]) + q.y * ts::elu1_fast(k[e + 1]) + q.z * ts::elu1_fast(k[e + 2]) +
+               q.w * ts::elu1_fast(k[e + 3]);
+    }
+    return sum;
+}
 
 // Row 0 of S^, where this block reads it.
-template <int D, int T>
-__device__ __forceinline__ const float *state_of(const tile_in_shared<D, T> &s, const float *in_cache) {
+template <typename A, int D, int T>
+__device__ __forceinline__ const float *state_of(const tile_in_shared<A, D, T> &s, const float *in_cache) {
     if constexpr (kHoldsState<D, T>)
         return s.state[0];
     else
@@ -51,26 +85,30 @@ __device__ __forceinline__ const float *state_of(const tile_in_shared<D, T> &s, 
 }
 
 // S^ and z^ of the tile that follows.
-template <int D, int T>
-__device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, int64_t head, int64_t tile) {
+template <typename A, int D, int T>
+__device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<A, D, T> &s, int64_t head, int64_t tile) {
     constexpr int kColumns = D / 32;
     const int tid = threadIdx.x, lane = tid % 32, first = tid / 32 * kFeatures;
     const float reach = ts::reach_of(s.c_now);
     __syncthreads();
     if (tid < T)
-        s.weights[tid] = ts::reach_of(s.c_now - a.cache.open_c[head * T + tid]);
+        s.weights[tid] = ts::reach_of(s.c_now - a.cache.open_c[head * T + tid]) *
+                         (sizeof(A) < 4 ? a.cache.open_gate[head * T + tid] : 1.0f);
     __syncthreads();
     float *state = a.cache.state + head * D * D;
-    const float *before = state_of<D, T>(s, state);
+    const float *before = state_of<A, D, T>(s, state);
     float acc[kFeatures][kColumns] = {};
 #pragma unroll
     for (int i = 0; i < kFeatures; i++)
         add_row<D>(acc[i], reach, before + (first + i) * D, lane);
-    for (int m = 0; m < T; m++) {
-        const float weight = s.weights[m];
+    for (int m = 0; m < T; m += 2) { // a lane forms one of the warp's features of two keys
+        const int at = m + lane / kFeatures;
+        const float k = s.weights[at] * feature(s.keys[at][first + lane % kFeatures]);
 #pragma unroll
-        for (int i = 0; i < kFeatures; i++)
-            add_row<D>(acc[i], weight * s.keys[m][first + i], s.values[m], lane);
+        for (int i = 0; i < kFeatures; i++) {
+            add_row<D>(acc[i], __shfl_sync(~0u, k, i), s.values[m], lane);
+            add_row<D>(acc[i], __shfl_sync(~0u, k, kFeatures + i), s.values[m + 1], lane);
+        }
     }
 #pragma unroll
     for (int i = 0; i < kFeatures; i++)
@@ -80,7 +118,7 @@ __device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, 
     if (tid < D) {
         float mass = reach * s.mass[tid];
         for (int m = 0; m < T; m++)
-            mass += s.weights[m] * s.keys[m][tid];
+            mass += s.weights[m] * feature(s.keys[m][tid]);
         a.cache.mass[head * D + tid] = mass;
     }
     if (tid == 0) {
@@ -92,26 +130,27 @@ __device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<D, T> &s, 
 
 template <typename A, int D, int T>
 __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_constant__ ts_cuda_attention a) {
-    constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 32, kVectors = D / 4;
-    constexpr int kSharers = tile_in_shared<D, T>::kSharers;
+    constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 32;
+    constexpr int kSharers = tile_in_shared<A, D, T>::kSharers, kVector = tile_in_shared<A, D, T>::kVector;
+    constexpr int kVectors = D / kVector; // of a key
     static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
     extern __shared__ float4 stage[];
-    auto &s = *(tile_in_shared<D, T> *)stage;
+    auto &s = *(tile_in_shared<A, D, T> *)stage;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int j = blockIdx.y, group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[blockIdx.x];
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % T);
-    float *open_k = a.cache.open_k + head * T * D, *open_v = a.cache.open_v + head * T * D;
+    A *open_k = (A *)a.cache.open_k + head * T * D, *open_v = (A *)a.cache.open_v + head * T * D;
     double *open_c = a.cache.open_c + head * T;
     const float *state = a.cache.state + head * D * D;
     if constexpr (kHoldsState<D, T>)
 #pragma unroll
-        for (int i = tid; i < D * kVectors; i += kThreads)
+        for (int i = tid; i < D * D / 4; i += kThreads)
             ts::copy_async(&s.state[0][0] + 4 * i, state + 4 * i);
-    state = state_of<D, T>(s, state);
+    state = state_of<A, D, T>(s, state);
     for (int i = tid; i < n * kVectors; i += kThreads) {
-        const int m = i / kVectors, e = i % kVectors * 4;
+        const int m = i / kVectors, e = i % kVectors * kVector;
         ts::copy_async(&s.keys[m][e], open_k + m * D + e);
         ts::copy_async(&s.values[m][e], open_v + m * D + e);
     }
@@ -119,8 +158,10 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
     const int key = tid / kSharers, share = tid % kSharers;
     const double c_of_key = key < n ? open_c[key] : 0.0;
-    const float raw_k = tid < D ? ts::load(row.k + j * D + tid) : 0.0f;
-    const float value = tid < D ? ts::load(row.v + j * D + tid) : 0.0f;
+    const float gate_of_key = sizeof(A) < 4 && key < n ? a.cache.open_gate[head * T + key] : 1.0f;
+    A raw_k, value;
+    if (tid < D)
+        raw_k = row.k[j * D + tid], value = row.v[j * D + tid];
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     if (tid == 0) {
@@ -129,19 +170,23 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
         open_c[n] = c;
     } else if (tid == 32) {
         s.gate = ts::key_gate(row.key_gate + j);
+        if (sizeof(A) < 4)
+            a.cache.open_gate[head * T + n] = s.gate;
     }
     __syncthreads();
     const double c_now = s.c_now;
     const float reach = ts::reach_of(c_now);
     if (tid < D) {
-        const float k = s.gate * ts::elu1(raw_k);
+        const A k = ts::open_key(&raw_k, s.gate);
         s.keys[n][tid] = k;
         s.values[n][tid] = value;
         s.mass[tid] = mass;
         open_k[n * D + tid] = k;
         open_v[n * D + tid] = value;
     }
-    const float reach_of_key = key < n ? ts::reach_of(c_now - c_of_key) : key == n ? 1.0f : 0.0f;
+    const float scale_of_key = key < n    ? gate_of_key * ts::reach_of(c_now - c_of_key)
+                               : key == n ? (sizeof(A) < 4 ? s.gate : 1.0f)
+                                          : 0.0f;
     for (int h = j * group; h < (j + 1) * group; h++) {
         float below = 0;
         if (tid < D) {
@@ -156,14 +201,12 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
         float dot = 0;
         if (key <= n)
 #pragma unroll
-            for (int e = 4 * share; e < D; e += 4 * kSharers) {
-                const float4 q = ts::load4(s.query + e), k = ts::load4(&s.keys[key][e]);
-                dot += q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
-            }
+            for (int e = kVector * share; e < D; e += kVector * kSharers)
+                dot += dot_16_bytes(s.query + e, &s.keys[key][e]);
 #pragma unroll
         for (int step = kSharers / 2; step > 0; step /= 2)
             dot += __shfl_xor_sync(~0u, dot, step);
-        const float weight = key <= n ? dot * reach_of_key : 0.0f;
+        const float weight = key <= n ? dot * scale_of_key : 0.0f;
         if (share == 0) {
             s.weights[key] = weight;
             below += weight;
@@ -195,11 +238,11 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     if (tid < D)
         a.cache.query_sum[head * D + tid] = query_sum;
     if (!a.cache.is_sparse && n == T - 1)
-        close_tile<D, T>(a, s, head, span.position / T);
+        close_tile<A, D, T>(a, s, head, span.position / T);
 }
 
 template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
-    constexpr int bytes = (int)sizeof(tile_in_shared<D, T>);
+    constexpr int bytes = (int)sizeof(tile_in_shared<A, D, T>);
     const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
     static_assert(bytes <= 163 << 10, "what a block may have on an A100");
     (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

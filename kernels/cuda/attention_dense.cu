@@ -16,16 +16,12 @@ namespace ts {
 
 // --- what a span leaves ---
 
-__device__ __forceinline__ float feature_map_exact(float x) {
-    return x > 0.0f ? x + 1.0f : expf(x);
-}
-
 __device__ __forceinline__ double log_sigmoid_exact(float x) {
     return fmin((double)x, 0.0) - log1p(exp(-fabs((double)x)));
 }
 
-// k^, v and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5), and the pairs of the tiles that it
-// completes. One block per (span, KV head).
+// Keys, values, gates and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5), and the pairs of the
+// tiles that it completes. One block per (span, KV head).
 __global__ void end_spans(const DenseArgs a, int head_dim, double decay_temperature) {
     const ts_span span = a.spans[blockIdx.x];
     const int head = blockIdx.y, tile = a.tile_size;
@@ -38,10 +34,11 @@ __global__ void end_spans(const DenseArgs a, int head_dim, double decay_temperat
                   gate_column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * head_dim + head;
     for (int i = threadIdx.x; i < n * head_dim; i += blockDim.x) {
         const __nv_bfloat16 *row = from + i / head_dim * a.stride;
-        const float gate = 1.0f / (1.0f + expf(-__bfloat162float(row[gate_column])));
         const int64_t to = (at * tile + first) * head_dim + i;
-        a.open_k[to] = gate * feature_map_exact(__bfloat162float(row[k_column + i % head_dim]));
-        a.open_v[to] = __bfloat162float(row[v_column + i % head_dim]);
+        a.open_k[to] = row[k_column + i % head_dim];
+        a.open_v[to] = row[v_column + i % head_dim];
+        if (i % head_dim == 0)
+            a.open_gate[at * tile + first + i / head_dim] = 1.0f / (1.0f + expf(-__bfloat162float(row[gate_column])));
     }
     if (threadIdx.x == 0) {
         // Every earlier tile is available to the tile after each that completes, and selected.
@@ -256,8 +253,9 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.tile_size = cache->tile_size;
     a.decay_scale = (float)(1.4426950408889634 / args->decay_temperature);
     a.normalizer_eps = (float)args->normalizer_eps;
-    a.open_k = cache->open_k;
-    a.open_v = cache->open_v;
+    a.open_k = (__nv_bfloat16 *)cache->open_k;
+    a.open_v = (__nv_bfloat16 *)cache->open_v;
+    a.open_gate = cache->open_gate;
     a.open_c = cache->open_c;
     a.state = cache->state;
     a.mass = cache->mass;

@@ -515,7 +515,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             take(reinterpret_cast<const float4 *>(state)[0], reinterpret_cast<const float4 *>(state)[1]);
             z = a.mass[at * 64 + row];
             if (w.begin > 0) { // the tokens of the open tile before the span
-                const float *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
+                const __nv_bfloat16 *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
+                const float *open_gate = a.open_gate + at * 64;
                 const double *open_c = a.open_c + at * 64;
                 log_sum = open_c[w.begin - 1];
                 const float carried = (float)exp(log_sum);
@@ -524,10 +525,10 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                     s[e] *= carried;
                 z *= carried;
                 for (int m = 0; m < w.begin; m++) {
-                    const float k = (float)exp(log_sum - open_c[m]) * open_k[m * 64];
+                    const float k = (float)exp(log_sum - open_c[m]) * open_feature(open_k[m * 64], open_gate[m]);
 #pragma unroll
                     for (int e = 0; e < 8; e++)
-                        s[e] += k * open_v[m * 64 + e];
+                        s[e] += k * __bfloat162float(open_v[m * 64 + e]);
                     z += k;
                 }
                 log_sum *= 1.4426950408889634;

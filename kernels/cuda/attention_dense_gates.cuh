@@ -7,6 +7,12 @@
 
 namespace ts {
 
+// k^ of a key of the open tile.
+__device__ __forceinline__ float open_feature(__nv_bfloat16 k, float gate) {
+    const float x = __bfloat162float(k);
+    return gate * (x > 0.0f ? x + 1.0f : expf(x));
+}
+
 struct DenseArgs {
     const __nv_bfloat16 *qkvg;
     __nv_bfloat16 *y;
@@ -15,7 +21,8 @@ struct DenseArgs {
     int n_spans, n_heads, n_kv_heads, tile_size;
     float decay_scale; // log2(e) / decay_temperature
     float normalizer_eps;
-    float *open_k, *open_v, *state, *mass;
+    __nv_bfloat16 *open_k, *open_v; // as in ts_tile_cache_layer
+    float *open_gate, *state, *mass;
     double *open_c, *decay_end;
     int64_t *pairs;
     float *slots;    // of runs; in clusters, what a piece leaves to the next

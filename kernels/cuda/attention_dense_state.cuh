@@ -97,7 +97,8 @@ template <int D> __device__ __forceinline__ void state_store(const RunningState<
 template <int D>
 __device__ __forceinline__ double state_begin(const DenseArgs &a, const Run &run, int64_t at, RunningState<D> &r) {
     const int n_open = (int)(run.span.position % a.tile_size);
-    const float *open_k = a.open_k + at * a.tile_size * D, *open_v = a.open_v + at * a.tile_size * D;
+    const __nv_bfloat16 *open_k = a.open_k + at * a.tile_size * D, *open_v = a.open_v + at * a.tile_size * D;
+    const float *open_gate = a.open_gate + at * a.tile_size;
     const double *open_c = a.open_c + at * a.tile_size;
     const double c_last = n_open > 0 ? open_c[n_open - 1] : 0.0;
     const float carried = (float)exp(c_last);
@@ -118,13 +119,15 @@ __device__ __forceinline__ double state_begin(const DenseArgs &a, const Run &run
 #pragma unroll 1
     for (int m = 0; m < n_open; m++) {
         const float weight = (float)exp(c_last - open_c[m]);
-        const float k0 = weight * open_k[m * D + row], k1 = weight * open_k[m * D + row + 8];
+        const float k0 = weight * open_feature(open_k[m * D + row], open_gate[m]);
+        const float k1 = weight * open_feature(open_k[m * D + row + 8], open_gate[m]);
         r.z[0] += k0, r.z[1] += k0, r.z[2] += k1, r.z[3] += k1;
 #pragma unroll
         for (int b = 0; b < DenseShape<D>::panels; b++) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const float2 v = *reinterpret_cast<const float2 *>(open_v + m * D + first_column + 64 * b + 8 * j);
+                const float2 v = __bfloat1622float2(
+                    *reinterpret_cast<const __nv_bfloat162 *>(open_v + m * D + first_column + 64 * b + 8 * j));
                 r.s[b][j][0] += k0 * v.x, r.s[b][j][1] += k0 * v.y;
                 r.s[b][j][2] += k1 * v.x, r.s[b][j][3] += k1 * v.y;
             }

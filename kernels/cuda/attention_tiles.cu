@@ -295,9 +295,12 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
             for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
                 const int m = i / D, e = i % D;
                 const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + m);
-                a.cache.open_k[(open + piece.first + m) * D + e] = gate_of[m] * ts::elu1(ts::load(row.k + j * D + e));
-                a.cache.open_v[(open + piece.first + m) * D + e] = ts::load(row.v + j * D + e);
+                const int64_t to = (open + piece.first + m) * D + e;
+                ((A *)a.cache.open_k)[to] = ts::open_key(row.k + j * D + e, gate_of[m]);
+                ((A *)a.cache.open_v)[to] = row.v[j * D + e];
             }
+            if (mine && sizeof(A) < 4)
+                a.cache.open_gate[open + piece.first + tid] = gate_of[tid];
             if (mine)
                 a.cache.open_c[open + piece.first + tid] = c_of[tid];
         }

@@ -314,13 +314,16 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
         return;
     const ts::tile_keys<A, D> tile(a, piece, j);
     const int64_t open = head * a.cache.tile_size;
-    for (int i = tid; i < piece.n_tokens * (D / 4); i += kThreads) {
-        const int m = i / (D / 4), e = i % (D / 4) * 4;
-        ts::store4(a.cache.open_k + (open + m) * D + e, tile.key(m, e));
-        ts::store4(a.cache.open_v + (open + m) * D + e, tile.value(m, e));
+    for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
+        const int m = i / D, e = i % D;
+        ((A *)a.cache.open_k)[(open + m) * D + e] = ts::open_key(tile.k + m * tile.stride + e, tile.gate[m]);
+        ((A *)a.cache.open_v)[(open + m) * D + e] = tile.v[m * tile.stride + e];
     }
-    if (tid < piece.n_tokens)
+    if (tid < piece.n_tokens) {
         a.cache.open_c[open + tid] = tile.c[tid];
+        if (sizeof(A) < 4)
+            a.cache.open_gate[open + tid] = tile.gate[tid];
+    }
 }
 
 template <typename A, typename S, int D> void launch_store(cudaStream_t stream, const ts_cuda_attention *a) {

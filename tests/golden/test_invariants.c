@@ -13,7 +13,9 @@ enum { N_DECODED = 150, MAX_MEMBERS = 21 };
 
 // Runs the members together and gives the logits of member `watched` after its prompt and every decoded token.
 static void run_together(golden_case *golden, const member *members, int n_members, int watched, float *out) {
-    const ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(golden->model), 1);
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(golden->model), 1);
+    shape.open_dtype = golden->device->compute_dtype;
+    shape.slot_dtype = golden->device->slot_dtype;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
     const ts_batch *batch;

@@ -34,6 +34,7 @@ static void check_memory(const char *directory, ts_dtype dtype) {
     golden_case golden = golden_open(directory, dtype, 1);
     const ts_config *config = ts_model_config(golden.model);
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, 1);
+    shape.open_dtype = dtype;
     shape.slot_dtype = dtype;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;

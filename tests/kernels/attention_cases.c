@@ -93,8 +93,10 @@ static ts_status cache_create(run *r) {
         .page_table_stride = (int64_t)stride,
         .slot_dtype = r->slot_dtype,
     };
-    TS_TRY(take(r, n * T * d * sizeof(float), &layer->open_k));
-    TS_TRY(take(r, n * T * d * sizeof(float), &layer->open_v));
+    layer->open_dtype = r->activation;
+    TS_TRY(take(r, n * T * d * ts_dtype_bytes(r->activation), &layer->open_k));
+    TS_TRY(take(r, n * T * d * ts_dtype_bytes(r->activation), &layer->open_v));
+    TS_TRY(take(r, n * T * sizeof(float), &layer->open_gate));
     TS_TRY(take(r, n * T * sizeof(double), &layer->open_c));
     TS_TRY(take(r, n * d * sizeof(float), &layer->query_sum));
     TS_TRY(take(r, n * sizeof(double), &layer->decay_end));

@@ -149,19 +149,20 @@ struct Cache {
     Cache(const Case &c, int n_sequences) {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
-        const size_t bytes[] = {n * c.T * c.d * 4, n * c.T * c.d * 4, n * c.T * 8, n * 8,
-                                n * c.d * c.d * 4, n * c.d * 4,       n * 16};
-        void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
-                       (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.mass,
-                       (void **)&layer.pairs};
-        for (int i = 0; i < 7; i++) {
+        layer.open_dtype = TS_BF16;
+        const size_t bytes[] = {n * c.T * c.d * 2, n * c.T * c.d * 2, n * c.T * 8, n * 8,
+                                n * c.d * c.d * 4, n * c.d * 4,       n * 16,      n * c.T * 4};
+        void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v,   (void **)&layer.open_c,
+                       (void **)&layer.decay_end, (void **)&layer.state,    (void **)&layer.mass,
+                       (void **)&layer.pairs,     (void **)&layer.open_gate};
+        for (int i = 0; i < 8; i++) {
             CUDA(cudaMalloc(to[i], bytes[i]));
             CUDA(cudaMemset(*to[i], 0, bytes[i]));
         }
     }
     ~Cache() {
         cudaFree(layer.open_k), cudaFree(layer.open_v), cudaFree(layer.open_c), cudaFree(layer.decay_end);
-        cudaFree(layer.state), cudaFree(layer.mass), cudaFree(layer.pairs);
+        cudaFree(layer.state), cudaFree(layer.mass), cudaFree(layer.pairs), cudaFree(layer.open_gate);
     }
 };
 
@@ -252,8 +253,9 @@ static bool check(const Case &c, const ts_cuda_attention_dense_plan &plan, const
     double worst = 0;
     auto state = to_host(cache.layer.state, (size_t)n_sequences * c.KV * c.d * c.d);
     auto mass = to_host(cache.layer.mass, (size_t)n_sequences * c.KV * c.d);
-    auto open_k = to_host(cache.layer.open_k, (size_t)n_sequences * c.KV * c.T * c.d);
-    auto open_v = to_host(cache.layer.open_v, (size_t)n_sequences * c.KV * c.T * c.d);
+    auto open_k = to_host((const __nv_bfloat16 *)cache.layer.open_k, (size_t)n_sequences * c.KV * c.T * c.d);
+    auto open_v = to_host((const __nv_bfloat16 *)cache.layer.open_v, (size_t)n_sequences * c.KV * c.T * c.d);
+    auto open_gate = to_host(cache.layer.open_gate, (size_t)n_sequences * c.KV * c.T);
     auto open_c = to_host(cache.layer.open_c, (size_t)n_sequences * c.KV * c.T);
     auto decay_end = to_host(cache.layer.decay_end, (size_t)n_sequences * c.KV);
     auto pairs = to_host(cache.layer.pairs, (size_t)n_sequences * c.KV * 2);
@@ -276,9 +278,10 @@ static bool check(const Case &c, const ts_cuda_attention_dense_plan &plan, const
             e_end.add(decay_end[s * c.KV + j], r.decay_end[j]);
             for (int m = 0; m < n_open; m++) {
                 e_c.add(open_c[(s * c.KV + j) * c.T + m], r.open_c[j * c.T + m]);
-                for (int a = 0; a < c.d; a++) {
-                    e_open.add(open_k[((s * c.KV + j) * c.T + m) * c.d + a], r.open_k[(j * c.T + m) * c.d + a]);
-                    e_open.add(open_v[((s * c.KV + j) * c.T + m) * c.d + a], r.open_v[(j * c.T + m) * c.d + a]);
+                const int at = (s * c.KV + j) * c.T + m;
+                for (int a = 0; a < c.d; a++) { // k^ = gate phi(k), as whoever reads it forms it
+                    e_open.add(open_gate[at] * feature((float)open_k[at * c.d + a]), r.open_k[(j * c.T + m) * c.d + a]);
+                    e_open.add((float)open_v[at * c.d + a], r.open_v[(j * c.T + m) * c.d + a]);
                 }
             }
         }

@@ -82,8 +82,10 @@ struct cache {
         layer.n_heads = s.n_heads, layer.n_kv_heads = s.n_kv, layer.head_dim = s.d, layer.tile_size = s.T;
         layer.is_sparse = true, layer.sparsity = s.sparsity, layer.slot_dtype = s.slots;
         layer.n_pages = n_pages, layer.page_table_stride = n_slots;
-        take(&layer.open_k, n * T * d * 4);
-        take(&layer.open_v, n * T * d * 4);
+        layer.open_dtype = TS_BF16;
+        take((char **)&layer.open_k, n * T * d * 2);
+        take((char **)&layer.open_v, n * T * d * 2);
+        take(&layer.open_gate, n * T * 4);
         take(&layer.open_c, n * T * 8);
         take(&layer.query_sum, n * d * 4);
         take(&layer.decay_end, n * 8);

@@ -160,9 +160,13 @@ static int pieces_of(const ts_tile_cache *cache, const ts_tile_cache_shape *shap
     const size_t KV = (size_t)shape->n_kv_heads, d = (size_t)shape->head_dim, T = (size_t)shape->tile_size;
     const size_t at = (size_t)s * KV;
     int n = 0;
-#define ROW(array, count) out[n++] = (piece){(char *)(layer->array + at * (count)), KV * (count) * sizeof *layer->array}
-    ROW(open_k, T * d);
-    ROW(open_v, T * d);
+#define ROW(array, count)                                                                                              \
+    out[n++] = (piece) {                                                                                               \
+        (char *)(layer->array + at * (count)), KV *(count) * sizeof *layer->array                                      \
+    }
+    const size_t open_bytes = T * d * sizeof(float);
+    out[n++] = (piece){(char *)layer->open_k + at * open_bytes, KV * open_bytes};
+    out[n++] = (piece){(char *)layer->open_v + at * open_bytes, KV * open_bytes};
     ROW(open_c, T);
     ROW(query_sum, d);
     ROW(decay_end, 1);
