@@ -58,9 +58,9 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     TS_TRY(ts_model_reserve(launch->model, max_rows));
     TS_TRY(ts_model_reserve_logits(launch->model, rows));
     ts_group *tp = ts_grid_tp(launch->grid);
-    TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, &b->graphs));
     if (ts_device_sampler_is_possible(launch->device, tp))
         TS_TRY(ts_device_sampler_create(launch->device, (int32_t)rows, &b->sampler));
+    TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, b->sampler, &b->graphs));
 done:
     return status;
 }
@@ -178,9 +178,11 @@ void ts_bench_prefill_print(const json_t *result) {
     printf("\n");
 }
 
-// The largest logit of n rows, chosen on the device and read back, as a run does.
-static ts_status choose_greedily(model_bench *b, ts_tensor logits, int32_t n) {
+// A decode batch from its tokens to, on a GPU, the largest logit of every row, read back as a run does.
+static ts_status decode_step(model_bench *b, const ts_batch *batch) {
     ts_status status = TS_OK;
+    const int32_t n = (int32_t)batch->n_rows;
+    ts_tensor logits;
     ts_next_token *next = malloc((size_t)n * sizeof *next);
     const ts_sampler_row **rows = malloc((size_t)n * sizeof *rows);
     ts_sampler_row row = {.params = ts_sampling_params_default()};
@@ -188,7 +190,11 @@ static ts_status choose_greedily(model_bench *b, ts_tensor logits, int32_t n) {
     row.params.temperature = 0;
     for (int32_t i = 0; i < n; i++)
         rows[i] = &row;
-    TS_TRY(ts_device_sampler_choose(b->sampler, logits, rows, n, next));
+    if (b->sampler)
+        TS_TRY(ts_device_sampler_prepare(b->sampler, rows, n));
+    TS_TRY(ts_decode_graphs_run(b->graphs, batch, &logits));
+    if (b->sampler)
+        TS_TRY(ts_device_sampler_collect(b->sampler, rows, n, next));
 done:
     free(next);
     free(rows);
@@ -204,16 +210,13 @@ static ts_status decode(model_bench *b, int32_t first, int32_t n, int64_t steps,
     const double start = ts_launch_seconds();
     for (int64_t step = 0; step < steps; step++, ++*position) {
         const ts_batch *batch;
-        ts_tensor logits;
         ts_batch_buffer_clear(b->buffer, true);
         for (int32_t s = 0; s < n; s++) {
             const int32_t token = token_at(b, *position * n + s);
             TS_TRY(ts_batch_buffer_add(b->buffer, first + s, *position, &token, 1));
         }
         TS_TRY(ts_batch_buffer_upload(b->buffer, &batch));
-        TS_TRY(ts_decode_graphs_run(b->graphs, batch, &logits));
-        if (b->sampler)
-            TS_TRY(choose_greedily(b, logits, n));
+        TS_TRY(decode_step(b, batch));
     }
     TS_TRY(ts_device_synchronize(b->launch->device));
     *seconds = ts_launch_seconds() - start;

@@ -6,7 +6,7 @@ enum { MAX_GRAPHS = 16, STEPS_BEFORE = 3 };
 
 typedef struct recorded {
     ts_device_graph *graph;
-    int64_t n_rows, last_used;
+    int64_t n_rows, last_used, sampler_moves;
     ts_tensor logits;
 } recorded;
 
@@ -14,19 +14,21 @@ struct ts_decode_graphs {
     ts_device *device;
     ts_model *model;
     ts_tile_cache *cache;
+    ts_device_sampler *sampler;
     bool is_possible;
     recorded graphs[MAX_GRAPHS];
     int64_t n_steps, n_rows, n_alike; // steps so far; of the last ones, how many had n_rows
 };
 
 ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *model, ts_tile_cache *cache,
-                                  ts_decode_graphs **out) {
+                                  ts_device_sampler *sampler, ts_decode_graphs **out) {
     ts_decode_graphs *graphs = calloc(1, sizeof *graphs);
     if (!graphs)
         return TS_FAIL(TS_ERR_MEMORY, "decode: out of memory");
     graphs->device = device;
     graphs->model = model;
     graphs->cache = cache;
+    graphs->sampler = sampler;
     graphs->is_possible = ts_device_can_capture(device) && ts_group_size(tp) == 1;
     *out = graphs;
     return TS_OK;
@@ -44,8 +46,14 @@ static ts_status step(ts_decode_graphs *graphs, const ts_batch *batch, ts_tensor
     ts_status status = TS_OK;
     TS_TRY(ts_model_forward(graphs->model, graphs->cache, batch));
     TS_TRY(ts_model_logits(graphs->model, NULL, batch->n_rows, true, logits));
+    if (graphs->sampler)
+        TS_TRY(ts_device_sampler_enqueue(graphs->sampler, *logits));
 done:
     return status;
+}
+
+static int64_t sampler_moves(const ts_decode_graphs *graphs) {
+    return graphs->sampler ? ts_device_sampler_moves(graphs->sampler) : 0;
 }
 
 // The place of the graph for this many rows, or the one that was used least lately.
@@ -63,7 +71,7 @@ static recorded *place_of(ts_decode_graphs *graphs, int64_t n_rows) {
 static ts_status record(ts_decode_graphs *graphs, const ts_batch *batch, recorded *place) {
     ts_status status = TS_OK;
     ts_device_graph_free(graphs->device, place->graph);
-    *place = (recorded){.n_rows = batch->n_rows};
+    *place = (recorded){.n_rows = batch->n_rows, .sampler_moves = sampler_moves(graphs)};
     TS_TRY(ts_device_capture_begin(graphs->device));
     const ts_status recorded_status = step(graphs, batch, &place->logits);
     const ts_status ended = ts_device_capture_end(graphs->device, &place->graph);
@@ -89,7 +97,8 @@ ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, const ts_batch *batch, 
         TS_TRY(step(graphs, batch, logits));
         goto done;
     }
-    if (!is_there || !ts_device_graph_is_current(graphs->device, place->graph))
+    if (!is_there || place->sampler_moves != sampler_moves(graphs) ||
+        !ts_device_graph_is_current(graphs->device, place->graph))
         TS_TRY(record(graphs, batch, place));
     place->last_used = graphs->n_steps;
     TS_TRY(ts_device_graph_launch(graphs->device, place->graph));

@@ -20,6 +20,7 @@ struct ts_device_sampler {
     ts_sample_change *device_changes;
     float *device_raw; // [max_changes]
     int64_t n_changes, max_changes, max_device_changes;
+    int64_t n_moves; // of device_changes and device_raw
 };
 
 bool ts_device_sampler_is_possible(const ts_device *device, const ts_group *tp) {
@@ -44,6 +45,7 @@ static ts_status reserve_changes(ts_device_sampler *sampler, int64_t n) {
     sampler->device_changes = changes;
     sampler->device_raw = raw;
     sampler->max_device_changes = n;
+    sampler->n_moves++;
     changes = NULL;
 done:
     ts_device_release(sampler->device, changes);
@@ -139,10 +141,9 @@ done:
     return status;
 }
 
-ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                                   int32_t n, ts_next_token *choices) {
+ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n) {
     ts_status status = TS_OK;
-    assert(n <= sampler->max_rows && logits.rows == n);
+    assert(n <= sampler->max_rows);
     sampler->n_changes = 0;
     for (int32_t i = 0; i < n; i++)
         TS_TRY(describe_row(sampler, rows[i], &sampler->rows[i]));
@@ -150,8 +151,18 @@ ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits,
     TS_TRY(ts_device_upload(sampler->device, sampler->device_rows, sampler->rows, (size_t)n * sizeof *sampler->rows));
     TS_TRY(ts_device_upload(sampler->device, sampler->device_changes, sampler->changes,
                             (size_t)sampler->n_changes * sizeof *sampler->changes));
-    TS_TRY(ts_op_sample(sampler->device, &(ts_sample_args){logits, sampler->device_rows, sampler->device_changes,
-                                                           sampler->device_raw, sampler->device_results}));
+done:
+    return status;
+}
+
+ts_status ts_device_sampler_enqueue(ts_device_sampler *sampler, ts_tensor logits) {
+    return ts_op_sample(sampler->device, &(ts_sample_args){logits, sampler->device_rows, sampler->device_changes,
+                                                           sampler->device_raw, sampler->device_results});
+}
+
+ts_status ts_device_sampler_collect(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,
+                                    ts_next_token *choices) {
+    ts_status status = TS_OK;
     TS_TRY(ts_device_download(sampler->device, sampler->results, sampler->device_results,
                               (size_t)n * sizeof *sampler->results));
     for (int32_t i = 0; i < n; i++) {
@@ -169,4 +180,19 @@ ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits,
     }
 done:
     return status;
+}
+
+ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
+                                   int32_t n, ts_next_token *choices) {
+    ts_status status = TS_OK;
+    assert(logits.rows == n);
+    TS_TRY(ts_device_sampler_prepare(sampler, rows, n));
+    TS_TRY(ts_device_sampler_enqueue(sampler, logits));
+    TS_TRY(ts_device_sampler_collect(sampler, rows, n, choices));
+done:
+    return status;
+}
+
+int64_t ts_device_sampler_moves(const ts_device_sampler *sampler) {
+    return sampler->n_moves;
 }

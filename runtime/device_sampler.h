@@ -5,6 +5,12 @@
 //         TS_TRY(ts_device_sampler_create(device, max_rows, &sampler));
 //     TS_TRY(ts_device_sampler_choose(sampler, logits, rows, n, choices));
 //
+// or in three parts, of which the second only enqueues and can be recorded in a graph (runtime/decode_graphs.h):
+//
+//     TS_TRY(ts_device_sampler_prepare(sampler, rows, n));
+//     TS_TRY(ts_device_sampler_enqueue(sampler, logits));
+//     TS_TRY(ts_device_sampler_collect(sampler, rows, n, choices));
+//
 // It chooses the token that the host's sampler would, but where a draw or a threshold falls within rounding (2^-23 of
 // a token's mass) of a boundary between two.
 #ifndef TS_DEVICE_SAMPLER_H
@@ -28,5 +34,13 @@ size_t ts_device_sampler_bytes(int32_t max_rows);
 // ts_sampler_choose. Penalties and biases of more tokens than ever before grow the memory they pass through.
 ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
                                    int32_t n, ts_next_token *choices);
+
+ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n);
+ts_status ts_device_sampler_enqueue(ts_device_sampler *sampler, ts_tensor logits);
+ts_status ts_device_sampler_collect(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,
+                                    ts_next_token *choices);
+
+// How often the memory has moved that enqueue reads and writes: what was recorded before is void.
+int64_t ts_device_sampler_moves(const ts_device_sampler *sampler);
 
 #endif

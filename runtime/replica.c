@@ -67,11 +67,11 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     TS_TRY(ts_model_reserve(model, max_rows));
     TS_TRY(ts_model_reserve_logits(model, options->max_sequences));
     TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
-    TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, &replica->graphs));
     if (ts_device_sampler_is_possible(device, tp))
         TS_TRY(ts_device_sampler_create(device, options->max_sequences, &replica->device_sampler));
     else
         TS_TRY(ts_sampler_create(tp, &replica->sampler));
+    TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, replica->device_sampler, &replica->graphs));
     *out = replica;
     replica = NULL;
 done:
@@ -144,12 +144,26 @@ done:
     return status;
 }
 
-// Every row of the step gets a next token: what a decode step is, so that its logits can be part of a graph.
+// Every row of the step gets a next token: what a decode step is, so that sampling can be part of a graph.
 static bool samples_all_rows(const Ts__Job__Step *step) {
     return step->kind == TS__JOB__STEP__KIND__DECODE && step->n_sample_rows == step->n_rows;
 }
 
-// *logits are set where all rows are sampled.
+// Whose tokens are sampled, and the rows of the batch with the logits after the last token of each span that is. Spans
+// come in rising order.
+static void list_sampled(ts_replica *replica, const Ts__Job__Step *step) {
+    int64_t end = 0;
+    size_t span = 0;
+    for (size_t i = 0; i < step->n_sample_rows; i++) {
+        for (; span <= (size_t)step->sample_spans[i]; span++)
+            end += step->lengths[span];
+        replica->last_rows[i] = end - 1;
+        replica->logit_row[i] = (int32_t)i;
+        replica->sampled[i] = &replica->rows[step->sample_rows[i]];
+    }
+}
+
+// *logits are set where all rows are sampled, and what is sampled is then on its way on the device.
 static ts_status forward(ts_replica *replica, const Ts__Job__Step *step, ts_tensor *logits) {
     ts_status status = TS_OK;
     const bool decode = step->kind == TS__JOB__STEP__KIND__DECODE;
@@ -166,9 +180,11 @@ static ts_status forward(ts_replica *replica, const Ts__Job__Step *step, ts_tens
         tokens += step->lengths[i];
     }
     TS_TRY(ts_batch_buffer_upload(replica->buffer, &batch));
-    if (samples_all_rows(step))
+    if (samples_all_rows(step)) {
+        if (replica->device_sampler)
+            TS_TRY(ts_device_sampler_prepare(replica->device_sampler, replica->sampled, (int32_t)step->n_sample_rows));
         TS_TRY(ts_decode_graphs_run(replica->graphs, batch, logits));
-    else
+    } else
         TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
 done:
     return status;
@@ -177,17 +193,11 @@ done:
 static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_tensor logits, ts_next_token *next) {
     ts_status status = TS_OK;
     const int64_t n_logit_rows = (int64_t)step->n_sample_rows;
-    int64_t end = 0;
     if (step->n_sample_rows == 0)
         goto done;
-    // The logits after the last token of each span that is sampled. Spans come in rising order.
-    size_t span = 0;
-    for (size_t i = 0; i < step->n_sample_rows; i++) {
-        for (; span <= (size_t)step->sample_spans[i]; span++)
-            end += step->lengths[span];
-        replica->last_rows[i] = end - 1;
-        replica->logit_row[i] = (int32_t)i;
-        replica->sampled[i] = &replica->rows[step->sample_rows[i]];
+    if (samples_all_rows(step) && replica->device_sampler) {
+        TS_TRY(ts_device_sampler_collect(replica->device_sampler, replica->sampled, (int32_t)n_logit_rows, next));
+        goto done;
     }
     if (!samples_all_rows(step))
         TS_TRY(ts_model_logits(replica->model, replica->last_rows, n_logit_rows, true, &logits));
@@ -220,6 +230,7 @@ static ts_status carry_out(ts_replica *replica, const Ts__Job__Step *step, ts_ne
     }
     for (size_t i = 0; i < step->n_admissions; i++)
         TS_TRY(admit(replica, step->admissions[i]));
+    list_sampled(replica, step);
     if (step->n_rows > 0)
         TS_TRY(forward(replica, step, &logits));
     for (size_t i = 0; i < step->n_admissions; i++)
