@@ -1,0 +1,182 @@
+// The attention op of `tessera bench kernel`: prefill of one sequence in dense and in sparse form, and decode of many.
+#include "launcher/bench_kernel.h"
+#include "runtime/batch.h"
+#include "runtime/tile_cache.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static const double normalizer_eps = 1e-3, decay_temperature = 16;
+static const ts_sparsity sparsity = {
+    .skip_share = 1e-3, .cache_tiles = 512, .cache_lanes = 8, .recent_tiles = 2, .sink_tiles = 1};
+
+typedef struct attention_case {
+    ts_tile_cache *cache;
+    ts_batch_buffer **buffers; // [n_buffers]
+    const ts_batch **batches;  // [n_buffers]
+    int n_buffers;
+    int64_t position; // decode: of the sequence in row 0
+    ts_tensor qkvg, y;
+} attention_case;
+
+static ts_status attention_case_create(ts_kernel_bench *b, int64_t max_rows, int32_t n_sequences, int n_buffers,
+                                       int64_t rows_of_a_batch, const ts_tile_cache_shape *shape, int64_t n_tokens,
+                                       float decay_bias, attention_case *c) {
+    ts_status status = TS_OK;
+    const ts_bench_options *s = &b->shape;
+    const int64_t n_heads_all = s->heads + 2 * s->kv_heads;
+    *c = (attention_case){.n_buffers = n_buffers};
+    c->buffers = calloc((size_t)n_buffers, sizeof *c->buffers);
+    c->batches = calloc((size_t)n_buffers, sizeof *c->batches);
+    TS_CHECK(c->buffers && c->batches, TS_ERR_MEMORY, "bench kernel: out of memory");
+    for (int i = 0; i < n_buffers; i++)
+        TS_TRY(ts_batch_buffer_create(b->device, rows_of_a_batch, &c->buffers[i]));
+    TS_TRY(ts_tile_cache_create(b->device, shape, n_sequences, n_sequences * ts_tile_cache_pages_for(shape, n_tokens),
+                                &c->cache));
+    // Key gates share the decay's mean: they scale numerator and denominator alike.
+    TS_TRY(ts_kernel_bench_take_rows(b, b->dtype, max_rows, n_heads_all * s->head_dim + 2 * s->kv_heads,
+                                     2 * s->kv_heads, decay_bias, &c->qkvg));
+    TS_TRY(ts_kernel_bench_take_rows(b, b->dtype, max_rows, s->heads * s->head_dim, 0, 0, &c->y));
+done:
+    return status;
+}
+
+static void attention_case_free(attention_case *c) {
+    for (int i = 0; c->buffers && i < c->n_buffers; i++)
+        ts_batch_buffer_free(c->buffers[i]);
+    free(c->buffers);
+    free(c->batches);
+    ts_tile_cache_free(c->cache);
+}
+
+static ts_status run_attention(ts_kernel_bench *b, void *context, int64_t i) {
+    const attention_case *c = context;
+    const ts_batch *batch = c->batches[i % c->n_buffers];
+    return ts_op_attention(b->device, &(ts_attention_args){batch, ts_tensor_rows(c->qkvg, 0, batch->n_rows),
+                                                           ts_tile_cache_layer_at(c->cache, 0), decay_temperature,
+                                                           normalizer_eps, ts_tensor_rows(c->y, 0, batch->n_rows)});
+}
+
+static ts_tile_cache_shape cache_shape(const ts_kernel_bench *b, bool is_sparse) {
+    return (ts_tile_cache_shape){
+        .n_layers = 1,
+        .n_heads = (int32_t)b->shape.heads,
+        .n_kv_heads = (int32_t)b->shape.kv_heads,
+        .head_dim = (int32_t)b->shape.head_dim,
+        .tile_size = 64,
+        .is_sparse = is_sparse,
+        .sparsity = is_sparse ? sparsity : (ts_sparsity){0},
+        .open_dtype = b->dtype,
+        .slot_dtype = b->dtype,
+    };
+}
+
+static ts_status reopen(ts_kernel_bench *b, void *context) {
+    attention_case *c = context;
+    ts_tile_cache_close(c->cache, 0);
+    return ts_tile_cache_open(c->cache, 0, b->shape.tokens);
+}
+
+// A whole prompt in one call, from an empty sequence.
+static ts_status bench_attention_prefill(ts_kernel_bench *b, bool is_sparse) {
+    ts_status status = TS_OK;
+    const ts_bench_options *s = &b->shape;
+    const ts_tile_cache_shape shape = cache_shape(b, is_sparse);
+    const double n = (double)s->tokens, d = (double)s->head_dim, T = shape.tile_size;
+    const double H = (double)s->heads, KV = (double)s->kv_heads;
+    const double bytes = n * (2 * H * d + 2 * KV * d + 2 * KV) * (double)ts_dtype_bytes(b->dtype);
+    double flops = 2 * n * (H * (d * d + T * d) + KV * d * d);
+    attention_case c;
+    json_t *result;
+    int64_t available = 0, selected = 0;
+    char text[96];
+    // At a decay gate of about 4.5 a head remembers some sixty tiles, six in a hundred of 131,072 tokens' pairs.
+    TS_TRY(attention_case_create(b, s->tokens, 1, 1, s->tokens, &shape, s->tokens, is_sparse ? 4.5f : 2.5f, &c));
+    int32_t *tokens = calloc((size_t)s->tokens, sizeof *tokens); // attention does not look at them
+    TS_CHECK(tokens, TS_ERR_MEMORY, "bench kernel: out of memory");
+    ts_batch_buffer_clear(c.buffers[0], false);
+    status = ts_batch_buffer_add(c.buffers[0], 0, 0, tokens, (int32_t)s->tokens);
+    free(tokens);
+    TS_TRY(status);
+    TS_TRY(ts_batch_buffer_upload(c.buffers[0], &c.batches[0]));
+    TS_TRY(ts_tile_cache_open(c.cache, 0, s->tokens));
+    const ts_kernel_call call = {.prepare = reopen, .run = run_attention, .context = &c, .n_calls = 1};
+    if (is_sparse) { // how many states it adds up is known after a call
+        TS_TRY(run_attention(b, &c, 0));
+        TS_TRY(ts_tile_cache_pairs(c.cache, 0, &available, &selected));
+        flops += 2 * (double)selected * d * d;
+    }
+    snprintf(text, sizeof text, "%lld tokens, %lld of %lld heads of %lld, %s", (long long)s->tokens,
+             (long long)s->kv_heads, (long long)s->heads, (long long)s->head_dim, is_sparse ? "sparse" : "dense");
+    TS_TRY(ts_kernel_bench_time(b, is_sparse ? "attention prefill sparse" : "attention prefill dense", text, bytes,
+                                flops, &call, &result));
+    if (is_sparse)
+        json_object_set_new(result, "pairs_selected",
+                            json_real((double)selected / (double)(available ? available : 1)));
+done:
+    attention_case_free(&c);
+    return status;
+}
+
+// The next T steps: sequence s stands s % T tokens further in its tile than sequence 0, so that every step completes a
+// tile of some and open tiles are half full in the mean.
+static ts_status prepare_steps(ts_kernel_bench *b, void *context) {
+    ts_status status = TS_OK;
+    attention_case *c = context;
+    const int32_t token = 0;
+    for (int i = 0; i < c->n_buffers; i++, c->position++) {
+        ts_batch_buffer_clear(c->buffers[i], true);
+        for (int32_t s = 0; s < b->shape.batch; s++)
+            TS_TRY(ts_batch_buffer_add(c->buffers[i], s, c->position + s % c->n_buffers, &token, 1));
+        TS_TRY(ts_batch_buffer_upload(c->buffers[i], &c->batches[i]));
+    }
+done:
+    return status;
+}
+
+static ts_status bench_attention_decode(ts_kernel_bench *b) {
+    ts_status status = TS_OK;
+    const ts_bench_options *s = &b->shape;
+    const ts_tile_cache_shape shape = cache_shape(b, false);
+    const int64_t T = shape.tile_size, n_tokens = (s->repeat + 8) * T;
+    const int64_t max_rows = s->batch * T > s->batch ? s->batch * T : s->batch;
+    const double n = (double)s->batch, H = (double)s->heads, KV = (double)s->kv_heads, d = (double)s->head_dim;
+    // Of a KV head: its state, half a tile of keys, values and c (f64), and the row that is added; a T-th of the states
+    // is written.
+    const double element = (double)ts_dtype_bytes(b->dtype), open_row = 2 * d * element + (element < 4 ? 12 : 8);
+    const double open = ((double)T / 2 + 1) * open_row, state = (d * d + d) * 4;
+    const double bytes = n * (KV * (open + state * (1 + 1.0 / (double)T)) +
+                              (2 * H * d + 2 * KV * d + 2 * KV) * (double)ts_dtype_bytes(b->dtype));
+    const double flops = 2 * n * (H * (d * d + (double)T * d) + KV * d * d);
+    attention_case c;
+    json_t *result;
+    int32_t tokens[128] = {0};
+    char text[96];
+    TS_TRY(attention_case_create(b, max_rows, (int32_t)s->batch, (int)T, max_rows, &shape, n_tokens, 2.5f, &c));
+    ts_batch_buffer_clear(c.buffers[0], false);
+    for (int32_t q = 0; q < s->batch; q++) {
+        TS_TRY(ts_tile_cache_open(c.cache, q, n_tokens));
+        TS_TRY(ts_batch_buffer_add(c.buffers[0], q, 0, tokens, (int32_t)(q % T + 1)));
+    }
+    TS_TRY(ts_batch_buffer_upload(c.buffers[0], &c.batches[0]));
+    TS_TRY(run_attention(b, &c, 0));
+    c.position = 1;
+    const ts_kernel_call call = {.prepare = prepare_steps, .run = run_attention, .context = &c, .n_calls = T};
+    snprintf(text, sizeof text, "%lld sequences, %lld of %lld heads of %lld, open tiles half full", (long long)s->batch,
+             (long long)s->kv_heads, (long long)s->heads, (long long)s->head_dim);
+    TS_TRY(ts_kernel_bench_time(b, "attention decode", text, bytes, flops, &call, &result));
+done:
+    attention_case_free(&c);
+    return status;
+}
+
+ts_status ts_bench_attention(ts_kernel_bench *b) {
+    ts_status status = TS_OK;
+    TS_TRY(bench_attention_prefill(b, false));
+    ts_kernel_bench_release(b);
+    TS_TRY(bench_attention_prefill(b, true));
+    ts_kernel_bench_release(b);
+    TS_TRY(bench_attention_decode(b));
+done:
+    return status;
+}
