@@ -68,7 +68,7 @@ refused 1 'given together' bench decode --config $model
 refused 1 'given together' bench decode --model $model --random-weights 1
 refused 1 'one of the two is allowed' bench prefill --model $model --config $model --random-weights 1
 refused 1 '--random-weights is "x"; a whole number' bench prefill --config $model --random-weights x
-refused 1 '--op is "bogus"; embed, rms_norm, linear, swiglu and attention are allowed' bench kernel --op bogus
+refused 1 '--op is "bogus"; embed, rms_norm, linear, swiglu, gather_rows, attention, cross_entropy and sample are allowed' bench kernel --op bogus
 refused 1 '--kv-heads is "3"; a divisor of --heads' bench kernel --heads 4 --kv-heads 3
 refused 1 '--head-dim is "96"; 64 or 128 are allowed' bench kernel --head-dim 96
 refused 1 'inspect: --model DIR is missing' inspect
