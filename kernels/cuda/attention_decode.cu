@@ -159,9 +159,9 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     const int key = tid / kSharers, share = tid % kSharers;
     const double c_of_key = key < n ? open_c[key] : 0.0;
     const float gate_of_key = sizeof(A) < 4 && key < n ? a.cache.open_gate[head * T + key] : 1.0f;
-    A raw_k, value;
+    A raw_q, raw_k, value; // raw_q: of the next query head
     if (tid < D)
-        raw_k = row.k[j * D + tid], value = row.v[j * D + tid];
+        raw_q = row.q[j * group * D + tid], raw_k = row.k[j * D + tid], value = row.v[j * D + tid];
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     if (tid == 0) {
@@ -190,7 +190,9 @@ __global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_cons
     for (int h = j * group; h < (j + 1) * group; h++) {
         float below = 0;
         if (tid < D) {
-            const float q = ts::elu1(ts::load(row.q + h * D + tid));
+            const float q = ts::elu1(ts::load(&raw_q));
+            if (h + 1 < (j + 1) * group)
+                raw_q = row.q[(h + 1) * D + tid];
             s.query[tid] = q;
             query_sum += q;
             below = reach * q * mass;
