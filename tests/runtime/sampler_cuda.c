@@ -103,7 +103,7 @@ static void check_vocabulary(ts_device *device, ts_group *self, int64_t V, int n
     float *logits = malloc((size_t)(N_ROWS * V) * sizeof *logits);
     ts_sampler_row rows[N_ROWS];
     const ts_sampler_row *pointers[N_ROWS];
-    int32_t same_rows[N_ROWS], ids[4];
+    int32_t ids[4];
     float biases[4];
     ts_next_token from_host[N_ROWS], from_device[N_ROWS];
     MUST(ts_sampler_create(self, &host));
@@ -114,7 +114,6 @@ static void check_vocabulary(ts_device *device, ts_group *self, int64_t V, int n
             const ts_sampling_params params = params_of(round * N_ROWS + i, V, ids, biases, &seed);
             MUST(ts_sampler_row_begin(&rows[i], &params, next_random(&seed), (uint32_t)i, 0, V, eos, 1));
             pointers[i] = &rows[i];
-            same_rows[i] = i;
             for (int t = 0; t < 20; t++) {
                 const int32_t token = (int32_t)(next_random(&seed) % (uint64_t)V);
                 ts_sampler_row_prompt(&rows[i], &token, 1);
@@ -125,7 +124,7 @@ static void check_vocabulary(ts_device *device, ts_group *self, int64_t V, int n
                 fill(logits + i * V, V, round + i + step, &seed);
             const ts_tensor on_host = ts_tensor_of(logits, TS_F32, N_ROWS, V);
             MUST(ts_device_upload(device, data, logits, (size_t)(N_ROWS * V) * sizeof *logits));
-            MUST(ts_sampler_choose(host, on_host, pointers, same_rows, N_ROWS, from_host));
+            MUST(ts_sampler_choose(host, on_host, pointers, N_ROWS, from_host));
             MUST(ts_device_sampler_choose(on_device, ts_tensor_of(data, TS_F32, N_ROWS, V), pointers, N_ROWS,
                                           from_device));
             for (int i = 0; i < N_ROWS; i++) {
