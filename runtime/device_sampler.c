@@ -5,6 +5,7 @@
 #include <assert.h>
 #include <stdlib.h>
 
+static_assert(sizeof(ts_sample_row) % _Alignof(ts_sample_change) == 0, "changes stand right behind rows");
 static_assert((int)TS_SAMPLE_TOP_MAX == (int)TS_LOGPROBS_MAX, "log-probabilities of a row");
 
 enum { CHANGES_PER_ROW = 64 }; // room at set-up: end of text, some bans, biases and penalties
@@ -12,43 +13,50 @@ enum { CHANGES_PER_ROW = 64 }; // room at set-up: end of text, some bans, biases
 struct ts_device_sampler {
     ts_device *device;
     int32_t max_rows;
-    ts_sample_row *rows;       // [max_rows], and on the device
+    // A step's rows and, right behind them, its changes: one upload.
+    void *inputs, *device_inputs;
     ts_sample_result *results; // [max_rows], and on the device
-    ts_sample_row *device_rows;
     ts_sample_result *device_results;
-    ts_sample_change *changes; // [max_changes], and on the device
-    ts_sample_change *device_changes;
-    float *device_raw; // [max_changes]
-    int64_t n_changes, max_changes, max_device_changes;
-    int64_t n_moves; // of device_changes and device_raw
+    float *device_raw;                                  // [max_device_changes]
+    int64_t n_changes, max_changes, max_device_changes; // beside max_rows rows
+    int64_t n_moves;                                    // of the device's memory
 };
 
 bool ts_device_sampler_is_possible(const ts_device *device, const ts_group *tp) {
     return device->ops->sample && ts_group_size(tp) == 1;
 }
 
-size_t ts_device_sampler_bytes(int32_t max_rows) {
-    return (size_t)max_rows * (sizeof(ts_sample_row) + sizeof(ts_sample_result) +
-                               CHANGES_PER_ROW * (sizeof(ts_sample_change) + sizeof(float)));
+static size_t input_bytes(int32_t n_rows, int64_t n_changes) {
+    return (size_t)n_rows * sizeof(ts_sample_row) + (size_t)n_changes * sizeof(ts_sample_change);
 }
 
-// Room for the changes of a step on the device.
-static ts_status reserve_changes(ts_device_sampler *sampler, int64_t n) {
+size_t ts_device_sampler_bytes(int32_t max_rows) {
+    return input_bytes(max_rows, (int64_t)max_rows * CHANGES_PER_ROW) +
+           (size_t)max_rows * (sizeof(ts_sample_result) + CHANGES_PER_ROW * sizeof(float));
+}
+
+// The changes behind the rows of a step of n_rows.
+static ts_sample_change *changes_in(void *inputs, int32_t n_rows) {
+    return (ts_sample_change *)((char *)inputs + input_bytes(n_rows, 0));
+}
+
+// Room on the device for the largest step: max_rows rows and n changes. It grows as the host's does, by doubling.
+static ts_status reserve(ts_device_sampler *sampler, int64_t n) {
     ts_status status = TS_OK;
-    void *changes = NULL, *raw = NULL;
+    void *inputs = NULL, *raw = NULL;
     if (n <= sampler->max_device_changes)
         goto done;
-    TS_TRY(ts_device_alloc(sampler->device, (size_t)n * sizeof(ts_sample_change), "sampling", &changes));
+    TS_TRY(ts_device_alloc(sampler->device, input_bytes(sampler->max_rows, n), "sampling", &inputs));
     TS_TRY(ts_device_alloc(sampler->device, (size_t)n * sizeof(float), "sampling", &raw));
-    ts_device_release(sampler->device, sampler->device_changes);
+    ts_device_release(sampler->device, sampler->device_inputs);
     ts_device_release(sampler->device, sampler->device_raw);
-    sampler->device_changes = changes;
+    sampler->device_inputs = inputs;
     sampler->device_raw = raw;
     sampler->max_device_changes = n;
     sampler->n_moves++;
-    changes = NULL;
+    inputs = NULL;
 done:
-    ts_device_release(sampler->device, changes);
+    ts_device_release(sampler->device, inputs);
     return status;
 }
 
@@ -59,14 +67,13 @@ ts_status ts_device_sampler_create(ts_device *device, int32_t max_rows, ts_devic
     TS_CHECK(sampler, TS_ERR_MEMORY, "sampler: out of memory");
     sampler->device = device;
     sampler->max_rows = max_rows;
-    sampler->rows = calloc((size_t)max_rows, sizeof *sampler->rows);
+    sampler->max_changes = (int64_t)max_rows * CHANGES_PER_ROW;
+    sampler->inputs = malloc(input_bytes(max_rows, sampler->max_changes));
     sampler->results = calloc((size_t)max_rows, sizeof *sampler->results);
-    TS_CHECK(sampler->rows && sampler->results, TS_ERR_MEMORY, "sampler: out of memory");
-    TS_TRY(ts_device_alloc(device, (size_t)max_rows * sizeof *sampler->rows, "sampling", &data));
-    sampler->device_rows = data;
+    TS_CHECK(sampler->inputs && sampler->results, TS_ERR_MEMORY, "sampler: out of memory");
     TS_TRY(ts_device_alloc(device, (size_t)max_rows * sizeof *sampler->results, "sampling", &data));
     sampler->device_results = data;
-    TS_TRY(reserve_changes(sampler, (int64_t)max_rows * CHANGES_PER_ROW));
+    TS_TRY(reserve(sampler, sampler->max_changes));
     *out = sampler;
     sampler = NULL;
 done:
@@ -77,39 +84,38 @@ done:
 void ts_device_sampler_free(ts_device_sampler *sampler) {
     if (!sampler)
         return;
-    ts_device_release(sampler->device, sampler->device_rows);
     ts_device_release(sampler->device, sampler->device_results);
-    ts_device_release(sampler->device, sampler->device_changes);
+    ts_device_release(sampler->device, sampler->device_inputs);
     ts_device_release(sampler->device, sampler->device_raw);
-    free(sampler->rows);
+    free(sampler->inputs);
     free(sampler->results);
-    free(sampler->changes);
     free(sampler);
 }
 
-static ts_status add_change(ts_device_sampler *sampler, ts_sample_change change) {
+static ts_status add_change(ts_device_sampler *sampler, int32_t n_rows, ts_sample_change change) {
     ts_status status = TS_OK;
     if (sampler->n_changes == sampler->max_changes) {
-        const int64_t n = sampler->max_changes ? 2 * sampler->max_changes : 1024;
-        ts_sample_change *grown = realloc(sampler->changes, (size_t)n * sizeof *grown);
+        const int64_t n = 2 * sampler->max_changes;
+        void *grown = realloc(sampler->inputs, input_bytes(sampler->max_rows, n));
         TS_CHECK(grown, TS_ERR_MEMORY, "sampler: out of memory for %lld changes", (long long)n);
-        sampler->changes = grown;
+        sampler->inputs = grown;
         sampler->max_changes = n;
     }
-    sampler->changes[sampler->n_changes++] = change;
+    changes_in(sampler->inputs, n_rows)[sampler->n_changes++] = change;
 done:
     return status;
 }
 
 // A ban of one token; of two in a row for the same token the second changes nothing.
-static ts_status ban(ts_device_sampler *sampler, int32_t token) {
-    return add_change(sampler, (ts_sample_change){.token = token, .kind = TS_SAMPLE_BAN});
+static ts_status ban(ts_device_sampler *sampler, int32_t n_rows, int32_t token) {
+    return add_change(sampler, n_rows, (ts_sample_change){.token = token, .kind = TS_SAMPLE_BAN});
 }
 
-static ts_status describe_row(ts_device_sampler *sampler, const ts_sampler_row *row, ts_sample_row *out) {
+// Row i_row of n_rows into the inputs, and its changes.
+static ts_status describe_row(ts_device_sampler *sampler, const ts_sampler_row *row, int32_t i_row, int32_t n_rows) {
     ts_status status = TS_OK;
     const ts_sampling_params *params = &row->params;
-    *out = (ts_sample_row){
+    ts_sample_row out = {
         .temperature = params->temperature,
         .top_p = params->top_p,
         .min_p = params->min_p,
@@ -123,20 +129,21 @@ static ts_status describe_row(ts_device_sampler *sampler, const ts_sampler_row *
     };
     for (int64_t i = 0; i < row->n_seen; i++)
         TS_TRY(add_change(
-            sampler,
+            sampler, n_rows,
             (ts_sample_change){.token = row->seen[i], .kind = TS_SAMPLE_PENALTY, .times = row->n_times[row->seen[i]]}));
     for (int32_t i = 0; i < params->n_biases; i++)
         TS_TRY(add_change(
-            sampler,
+            sampler, n_rows,
             (ts_sample_change){.token = params->bias_ids[i], .kind = TS_SAMPLE_BIAS, .bias = params->biases[i]}));
     if (row->n_generated < params->min_tokens) {
         for (int32_t i = 0; i < row->n_eos && !params->ignore_eos; i++)
-            TS_TRY(ban(sampler, row->eos[i]));
+            TS_TRY(ban(sampler, n_rows, row->eos[i]));
         for (int32_t i = 0; i < params->n_stop_ids; i++)
-            TS_TRY(ban(sampler, params->stop_ids[i]));
+            TS_TRY(ban(sampler, n_rows, params->stop_ids[i]));
     }
-    out->n_changes = (int32_t)(sampler->n_changes - out->first_change);
+    out.n_changes = (int32_t)(sampler->n_changes - out.first_change);
     TS_CHECK(sampler->n_changes <= INT32_MAX, TS_ERR_MEMORY, "sampler: penalties for more than 2^31 tokens at once");
+    ((ts_sample_row *)sampler->inputs)[i_row] = out; // changes may have moved the buffer
 done:
     return status;
 }
@@ -146,18 +153,18 @@ ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler
     assert(n <= sampler->max_rows);
     sampler->n_changes = 0;
     for (int32_t i = 0; i < n; i++)
-        TS_TRY(describe_row(sampler, rows[i], &sampler->rows[i]));
-    TS_TRY(reserve_changes(sampler, sampler->n_changes));
-    TS_TRY(ts_device_upload(sampler->device, sampler->device_rows, sampler->rows, (size_t)n * sizeof *sampler->rows));
-    TS_TRY(ts_device_upload(sampler->device, sampler->device_changes, sampler->changes,
-                            (size_t)sampler->n_changes * sizeof *sampler->changes));
+        TS_TRY(describe_row(sampler, rows[i], i, n));
+    TS_TRY(reserve(sampler, sampler->max_changes));
+    TS_TRY(
+        ts_device_upload(sampler->device, sampler->device_inputs, sampler->inputs, input_bytes(n, sampler->n_changes)));
 done:
     return status;
 }
 
 ts_status ts_device_sampler_enqueue(ts_device_sampler *sampler, ts_tensor logits) {
-    return ts_op_sample(sampler->device, &(ts_sample_args){logits, sampler->device_rows, sampler->device_changes,
-                                                           sampler->device_raw, sampler->device_results});
+    const ts_sample_change *changes = changes_in(sampler->device_inputs, (int32_t)logits.rows);
+    return ts_op_sample(sampler->device, &(ts_sample_args){logits, sampler->device_inputs, changes, sampler->device_raw,
+                                                           sampler->device_results});
 }
 
 ts_status ts_device_sampler_collect(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,

@@ -20,7 +20,6 @@ struct ts_replica {
     int64_t *n_prompt;    // [max_sequences] tokens of each row's prompt
     // Of one step:
     const ts_sampler_row **sampled; // [max_sequences]
-    int32_t *logit_row;             // [max_sequences]
     int64_t *last_rows;             // [max_sequences] row of the batch whose logits are wanted
     ts_message message;
     float *logits; // host copy, where the device's memory is not the host's
@@ -59,10 +58,9 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     replica->rows = calloc(n, sizeof *replica->rows);
     replica->n_prompt = calloc(n, sizeof *replica->n_prompt);
     replica->sampled = calloc(n, sizeof *replica->sampled);
-    replica->logit_row = calloc(n, sizeof *replica->logit_row);
     replica->last_rows = calloc(n, sizeof *replica->last_rows);
-    TS_CHECK(replica->rows && replica->n_prompt && replica->sampled && replica->logit_row && replica->last_rows,
-             TS_ERR_MEMORY, "replica: out of memory");
+    TS_CHECK(replica->rows && replica->n_prompt && replica->sampled && replica->last_rows, TS_ERR_MEMORY,
+             "replica: out of memory");
     TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
     TS_TRY(ts_model_reserve(model, max_rows));
     TS_TRY(ts_model_reserve_logits(model, options->max_sequences));
@@ -93,7 +91,6 @@ void ts_replica_free(ts_replica *replica) {
     free(replica->rows);
     free(replica->n_prompt);
     free(replica->sampled);
-    free(replica->logit_row);
     free(replica->last_rows);
     free(replica->logits);
     free(replica);
@@ -158,7 +155,6 @@ static void list_sampled(ts_replica *replica, const Ts__Job__Step *step) {
         for (; span <= (size_t)step->sample_spans[i]; span++)
             end += step->lengths[span];
         replica->last_rows[i] = end - 1;
-        replica->logit_row[i] = (int32_t)i;
         replica->sampled[i] = &replica->rows[step->sample_rows[i]];
     }
 }
@@ -215,8 +211,7 @@ static ts_status sample(ts_replica *replica, const Ts__Job__Step *step, ts_tenso
     }
     TS_TRY(ts_device_download(replica->device, replica->logits, logits.data, n * sizeof(float)));
     logits.data = replica->logits;
-    TS_TRY(ts_sampler_choose(replica->sampler, logits, replica->sampled, replica->logit_row,
-                             (int32_t)step->n_sample_rows, next));
+    TS_TRY(ts_sampler_choose(replica->sampler, logits, replica->sampled, (int32_t)step->n_sample_rows, next));
 done:
     return status;
 }

@@ -379,8 +379,7 @@ static candidate pick(const ts_sampler_row *row, candidate *c, int64_t n, const 
 }
 
 // Step 1: what each shard weighs, shared by all ranks.
-static ts_status share_masses(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                              const int32_t *logit_row, int32_t n) {
+static ts_status share_masses(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows, int32_t n) {
     ts_status status = TS_OK;
     const size_t n_ranks = (size_t)ts_group_size(sampler->tp);
     if ((size_t)n * n_ranks > sampler->n_masses) {
@@ -394,7 +393,7 @@ static ts_status share_masses(ts_sampler *sampler, ts_tensor logits, const ts_sa
     }
     shard_mass *mine = sampler->masses + (size_t)ts_group_rank(sampler->tp) * (size_t)n;
     for (int32_t i = 0; i < n; i++) {
-        const float *raw = (const float *)logits.data + logit_row[i] * logits.stride;
+        const float *raw = (const float *)logits.data + i * logits.stride;
         mine[i] = (shard_mass){0};
         adjust(rows[i], raw, sampler->adjusted);
         mass_of(sampler->adjusted, logits.cols, score_scale(&rows[i]->params), &mine[i].largest, &mine[i].sum);
@@ -413,12 +412,11 @@ done:
 }
 
 // Step 2: this shard's candidates of every row, in one message.
-static ts_status collect(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                         const int32_t *logit_row, int32_t n) {
+static ts_status collect(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows, int32_t n) {
     ts_status status = TS_OK;
     sampler->mine.n_bytes = 0;
     for (int32_t i = 0; i < n; i++) {
-        const float *raw = (const float *)logits.data + logit_row[i] * logits.stride;
+        const float *raw = (const float *)logits.data + i * logits.stride;
         row_header header = {0, 0};
         const size_t header_at = sampler->mine.n_bytes;
         TS_TRY(ts_message_append(&sampler->mine, &header, sizeof header));
@@ -499,11 +497,12 @@ done:
     return status;
 }
 
-ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                            const int32_t *logit_row, int32_t n, ts_next_token *choices) {
+ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows, int32_t n,
+                            ts_next_token *choices) {
     ts_status status = TS_OK;
-    TS_TRY(share_masses(sampler, logits, rows, logit_row, n));
-    TS_TRY(collect(sampler, logits, rows, logit_row, n));
+    assert(logits.rows == n);
+    TS_TRY(share_masses(sampler, logits, rows, n));
+    TS_TRY(collect(sampler, logits, rows, n));
     if (ts_group_rank(sampler->tp) == 0)
         TS_TRY(merge(sampler, rows, n, choices));
 done:

@@ -63,11 +63,10 @@ typedef struct ts_sampler ts_sampler;
 ts_status ts_sampler_create(ts_group *tp, ts_sampler **out); // tp is borrowed until free
 void ts_sampler_free(ts_sampler *sampler);
 
-// logits: [n, V] f32 in host memory. rows[i] is the sequence of logits row i; several rows may read the
-// same logits when `logit_row` says so (samples of one prompt): logit_row[i] is the row of logits for rows[i]. choices
-// [n] are set at rank 0 of the group. Collective. Logits may be -infinity; TS_ERR_INTERNAL, on all ranks, where one is
-// NaN or +infinity, or where no token of a row is left.
-ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
-                            const int32_t *logit_row, int32_t n, ts_next_token *choices);
+// logits: [n, V] f32 in host memory. rows[i] is the sequence of row i. choices [n] are set at rank 0 of the group.
+// Collective. Logits may be -infinity; TS_ERR_INTERNAL, on all ranks, where one is NaN or +infinity, or where no token
+// of a row is left.
+ts_status ts_sampler_choose(ts_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows, int32_t n,
+                            ts_next_token *choices);
 
 #endif

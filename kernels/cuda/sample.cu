@@ -1,13 +1,18 @@
 // The sampling chain, one block a row, without sorting the vocabulary.
 //
-// A row is kept in shared memory where it fits (up to about 56,000 tokens), else read again from L2 in every pass. With
+// A row is kept in shared memory where it fits (up to about 51,000 tokens), else read again from L2 in every pass. With
 // x the adjusted logits, every token weighs e^{(x - largest) / temperature}, in fixed point (2^44 is 1), so that sums
-// do not depend on the order in which threads add. "The first tokens, in falling order, that weigh more than w", which
-// is what top_p and the draw ask for, and "the first n tokens", top_k, are found digit by digit: a histogram of 2,048
-// linear bins below the largest, then the bits of the one bin's values. What is left at the end is one value of x and
-// how many of the tokens that share it come before, in order of tokens.
+// do not depend on the order in which threads add.
 //
-// Bound by shared-memory atomics in the first histogram and, without filters, by reading the row.
+// "The first tokens, in falling order, that weigh more than w", which is what top_p and the draw ask for, and "the
+// first n tokens", top_k, start from a histogram of 4,096 linear bins below the largest. It only counts: a 32-bit
+// shared atomic a token, where masses would take 64 bits and several times as long. Counts say exactly where top_k ends
+// and nearly where a mass does; a further pass then sums the masses ahead of that bin exactly and lists its tokens, and
+// in the rare case that the sum ends in another bin, goes on there. The list is ranked in shared memory; a bin of too
+// many tokens is narrowed by bisection first.
+//
+// Bound by reading the row where nothing filters, else by the instructions of one pass with an exponential per token
+// for the histogram, top_p and the draw each.
 #include "kernels/cuda/device.h"
 
 #include <cfloat>
@@ -16,29 +21,22 @@
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBins = 2048;
-constexpr float kBinsPerUnit = 64; // of (largest - x) / temperature: what is below the last bin weighs e^-32
+static_assert(kWarps == 32, "a warp's lanes hold one value of every warp");
+constexpr int kBins = 4096, kListed = 512;
+constexpr double kBinsPerUnit = 128; // of (largest - x) / temperature: what is in the last bin weighs less than 2^-44
 constexpr uint64_t kOne = 1ull << 44;
-constexpr int kStaticBytes = 32 << 10; // more than the kernel's shared variables take
-
-struct found {
-    uint32_t key;  // of the value where the sum is passed
-    int rank;      // among the tokens of that value
-    uint64_t mass; // of all tokens up to that one
-};
+constexpr double kLog2E = 1.4426950408889634074;
 
 struct shared_state {
-    uint64_t mass[kBins];
     uint32_t count[kBins];
-    uint64_t sums[kWarps];
-    uint32_t counts[kWarps];
+    uint64_t listed[kListed], masses[kListed];
+    uint64_t sums[kWarps], more_sums[kWarps];
     float largest[kWarps];
     int place[kWarps];
-    found result;
-    int bin;
-    uint64_t mass_before;
+    uint32_t n_listed, least, most; // tokens in the list, their keys
+    uint64_t mass_up_to;
     uint32_t count_before;
-    int token;
+    int bin, token;
 };
 
 // Larger values have larger keys.
@@ -47,204 +45,307 @@ __device__ __forceinline__ uint32_t key_of(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+__device__ __forceinline__ float value_of(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 struct row_view {
     const float *x;
-    int n;
+    int n, n_fours; // fours: of which the row may be read
     float largest;
-    double scale; // 1 / temperature
+    float high, low; // their sum: -log2(e) / temperature
+    float bins;      // bins per unit of x
+    float farthest;  // below the largest: weighs nothing
 
-    __device__ float below(int i) const {
-        return (float)(((double)largest - (double)x[i]) * scale);
+    __device__ void set_scale(float top, float temperature) {
+        const double scale = 1 / fmin((double)temperature, 1e36), exponent = -fmin(scale * kLog2E, (double)FLT_MAX);
+        largest = top;
+        high = (float)exponent, low = (float)(exponent - (double)high);
+        bins = (float)fmin(scale * kBinsPerUnit, (double)FLT_MAX);
+        farthest = (float)(-60 / exponent);
     }
-    __device__ uint64_t mass(int i) const {
-        return (uint64_t)(expf(-below(i)) * (float)kOne);
+    // 2^(high + low) d, right to a unit in the last place: the rounded product apart from the rest.
+    __device__ __forceinline__ float weight(float v) const {
+        constexpr float kMagic = 12582912; // 1.5 * 2^23: its sum with a number ends in the number's integer
+        const float d = fminf(largest - v, farthest), shifted = fmaf(d, high, kMagic);
+        const float rest = fmaf(d, low, fmaf(d, high, kMagic - shifted));
+        float power;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(rest));
+        return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
     }
-    __device__ int bin(int i) const {
-        return (int)fminf(below(i) * kBinsPerUnit, (float)(kBins - 1));
+    __device__ __forceinline__ uint64_t mass(float v) const {
+        return (uint64_t)(weight(v) * (float)kOne);
+    }
+    __device__ __forceinline__ int bin(float v) const {
+        constexpr float kMagic = 8388608; // 2^23, likewise
+        return __float_as_int(fminf((largest - v) * bins, (float)(kBins - 1)) + kMagic) & 0x7fffff;
+    }
+    // f(i, x[i]) for all tokens, rising in each thread.
+    template <typename F> __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll 2
+        for (int i = threadIdx.x; i < n_fours; i += kThreads) {
+            const float4 v = reinterpret_cast<const float4 *>(x)[i];
+            f(4 * i, v.x), f(4 * i + 1, v.y), f(4 * i + 2, v.z), f(4 * i + 3, v.w);
+        }
+        for (int i = 4 * n_fours + threadIdx.x; i < n; i += kThreads)
+            f(i, x[i]);
     }
 };
 
-__device__ uint64_t block_sum(uint64_t x, shared_state &s) {
+__device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     for (int step = 16; step > 0; step /= 2)
         x += __shfl_xor_sync(~0u, x, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        s.sums[threadIdx.x / 32] = x;
-    __syncthreads();
-    uint64_t sum = 0;
-    for (int i = 0; i < kWarps; i++)
-        sum += s.sums[i];
-    return sum;
+    return x;
 }
 
-// The largest of x and the smallest token that has it, among those that stand after (key, token) in falling order;
-// token -1 where there is none. NaN and +infinity make *bad.
-__device__ void block_largest(const float *x, int n, uint32_t after_key, int after_token, shared_state &s,
-                              float *largest, int *token, bool *bad) {
+// Inclusive, over the lanes.
+__device__ __forceinline__ uint64_t warp_prefix(uint64_t x) {
+    for (int step = 1; step < 32; step *= 2) {
+        const uint64_t other = __shfl_up_sync(~0u, x, step);
+        x += (int)(threadIdx.x % 32) >= step ? other : 0;
+    }
+    return x;
+}
+
+// Both become their sums over the block.
+__device__ void block_sums(uint64_t *x, uint64_t *y, shared_state &s) {
+    const uint64_t a = warp_sum(*x), b = warp_sum(*y);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        s.sums[threadIdx.x / 32] = a, s.more_sums[threadIdx.x / 32] = b;
+    __syncthreads();
+    *x = warp_sum(s.sums[threadIdx.x % 32]);
+    *y = warp_sum(s.more_sums[threadIdx.x % 32]);
+}
+
+__device__ __forceinline__ void larger_of_lanes(float *best, int *at) {
+    for (int step = 16; step > 0; step /= 2) {
+        const float v = __shfl_xor_sync(~0u, *best, step);
+        const int i = __shfl_xor_sync(~0u, *at, step);
+        if (v > *best || (v == *best && i < *at))
+            *best = v, *at = i;
+    }
+}
+
+// The largest of the row and the smallest token that has it; with After, among those that stand after (key, token) in
+// falling order. token -1 where there is none. NaN and +infinity make *bad.
+template <bool After>
+__device__ void block_largest(const row_view &row, uint32_t after_key, int after_token, shared_state &s, float *largest,
+                              int *token, bool *bad) {
     float best = -INFINITY;
     int at = INT_MAX;
     bool wrong = false;
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-        const float v = x[i];
+    row.for_each([&](int i, float v) {
         wrong |= !(v < INFINITY);
-        const uint32_t key = key_of(v);
-        if (key > after_key || (key == after_key && i <= after_token))
-            continue;
-        if (v > best || (v == best && i < at))
+        if (After) {
+            const uint32_t key = key_of(v);
+            if (key > after_key || (key == after_key && i <= after_token))
+                return;
+        }
+        if (v > best || at == INT_MAX)
             best = v, at = i;
-    }
-    for (int step = 16; step > 0; step /= 2) {
-        const float v = __shfl_xor_sync(~0u, best, step);
-        const int i = __shfl_xor_sync(~0u, at, step);
-        if (v > best || (v == best && i < at))
-            best = v, at = i;
-    }
+    });
+    larger_of_lanes(&best, &at);
     __syncthreads();
     if (threadIdx.x % 32 == 0)
         s.largest[threadIdx.x / 32] = best, s.place[threadIdx.x / 32] = at;
     *bad = __syncthreads_or(wrong);
-    best = s.largest[0], at = s.place[0];
-    for (int i = 1; i < kWarps; i++)
-        if (s.largest[i] > best || (s.largest[i] == best && s.place[i] < at))
-            best = s.largest[i], at = s.place[i];
+    best = s.largest[threadIdx.x % 32], at = s.place[threadIdx.x % 32];
+    larger_of_lanes(&best, &at);
     *largest = best;
     *token = at == INT_MAX ? -1 : at;
 }
 
-// The bin, from the front, where the sum of masses passes `mass` (or that of counts passes `count`); what comes before
-// is added to s.mass_before and s.count_before. Bins are counted backwards where `falling`: larger digits come first.
-__device__ void pass_bins(shared_state &s, bool falling, bool by_count, uint64_t mass, uint32_t count) {
+// The first token, in order of tokens, with which the sum of weight(x) passes `target`, which is below the whole sum.
+template <typename F> __device__ int find_in_order(const row_view &row, shared_state &s, uint64_t target, F weight) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int begin = 0, end = row.n;
+    while (end - begin > 32) { // down to the part of one warp, which all then divide again
+        const int each = (end - begin + kThreads - 1) / kThreads * 32;
+        const int from = begin + warp * each, to = min(end, from + each);
+        uint64_t sum = 0;
+#pragma unroll 4
+        for (int i = from + lane; i < to; i += 32)
+            sum += weight(row.x[i]);
+        sum = warp_sum(sum);
+        __syncthreads();
+        if (lane == 0)
+            s.sums[warp] = sum;
+        __syncthreads();
+        const uint64_t own = s.sums[lane], up_to = warp_prefix(own);
+        const int part = __ffs((int)__ballot_sync(~0u, up_to > target)) - 1;
+        target -= __shfl_sync(~0u, up_to - own, part);
+        begin += part * each;
+        end = min(end, begin + each);
+    }
+    const uint64_t up_to = warp_prefix(begin + lane < end ? weight(row.x[begin + lane]) : 0);
+    return begin + __ffs((int)__ballot_sync(~0u, up_to > target)) - 1;
+}
+
+// Tokens by bin, without those of the last, which weigh nothing. *total: the mass of all; *heavy: of those that weigh
+// at least `least`.
+__device__ void fill_bins(const row_view &row, shared_state &s, float least, uint64_t *total, uint64_t *heavy) {
+    for (int i = threadIdx.x; i < kBins; i += kThreads)
+        s.count[i] = 0;
+    __syncthreads();
+    uint64_t sum = 0, sum_of_heavy = 0;
+    row.for_each([&](int, float v) {
+        const int bin = row.bin(v);
+        if (bin < kBins - 1)
+            atomicAdd(&s.count[bin], 1u);
+        const float weight = row.weight(v);
+        const uint64_t mass = (uint64_t)(weight * (float)kOne);
+        sum += mass;
+        sum_of_heavy += weight >= least ? mass : 0;
+    });
+    *total = sum, *heavy = sum_of_heavy;
+    block_sums(total, heavy, s);
+}
+
+// The bin with which the tokens pass `target`, and s.count_before it; or, not exactly, with which their mass passes
+// target / total of all. -1: there are no more tokens than target.
+template <bool ByCount> __device__ int find_bin(shared_state &s, uint64_t target, uint64_t total) {
     constexpr int kEach = kBins / kThreads;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    uint64_t m[kEach], m_sum = 0;
-    uint32_t c[kEach], c_sum = 0;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = (int)threadIdx.x * kEach;
+    uint64_t sizes[kEach], sum = 0;
+#pragma unroll
     for (int i = 0; i < kEach; i++) {
-        const int bin = tid * kEach + i, at = falling ? kBins - 1 - bin : bin;
-        m[i] = s.mass[at], c[i] = s.count[at];
-        m_sum += m[i], c_sum += c[i];
+        const float centre = exp2f((float)(first + i) * (float)(-kLog2E / kBinsPerUnit));
+        sizes[i] = s.count[first + i] * (ByCount ? 1ull : (uint64_t)(centre * (float)kOne));
+        sum += sizes[i];
     }
-    uint64_t m_before = m_sum;
-    uint32_t c_before = c_sum;
-    for (int step = 1; step < 32; step *= 2) {
-        const uint64_t m_other = __shfl_up_sync(~0u, m_before, step);
-        const uint32_t c_other = __shfl_up_sync(~0u, c_before, step);
-        if (lane >= step)
-            m_before += m_other, c_before += c_other;
-    }
+    const uint64_t up_to = warp_prefix(sum);
     __syncthreads();
     if (lane == 31)
-        s.sums[warp] = m_before, s.counts[warp] = c_before;
-    __syncthreads();
-    m_before += s.mass_before - m_sum, c_before += s.count_before - c_sum;
-    for (int i = 0; i < warp; i++)
-        m_before += s.sums[i], c_before += s.counts[i];
-    __syncthreads();
-    for (int i = 0; i < kEach; i++) {
-        const bool passes =
-            by_count ? c_before <= count && c_before + c[i] > count : m_before <= mass && m_before + m[i] > mass;
-        if (passes) {
-            const int bin = tid * kEach + i;
-            s.bin = falling ? kBins - 1 - bin : bin;
-            s.mass_before = m_before, s.count_before = c_before;
-        }
-        m_before += m[i], c_before += c[i];
-    }
-    __syncthreads();
-}
-
-__device__ void clear_bins(shared_state &s) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += kThreads)
-        s.mass[i] = 0, s.count[i] = 0;
-    __syncthreads();
-}
-
-__device__ __forceinline__ void add_to_bin(shared_state &s, int bin, uint64_t mass) {
-    if (mass)
-        atomicAdd((unsigned long long *)&s.mass[bin], (unsigned long long)mass);
-    atomicAdd(&s.count[bin], 1u);
-}
-
-// The first token, in falling order of x, with which the sum of masses passes `mass`, or that of counts `count`; one
-// must exist. Tokens of -infinity are not there.
-__device__ found find(const row_view &row, shared_state &s, bool by_count, uint64_t mass, uint32_t count) {
-    clear_bins(s);
-    for (int i = threadIdx.x; i < row.n; i += kThreads)
-        if (row.x[i] > -INFINITY)
-            add_to_bin(s, row.bin(i), row.mass(i));
+        s.sums[warp] = up_to;
     if (threadIdx.x == 0)
-        s.mass_before = 0, s.count_before = 0;
+        s.bin = -1;
     __syncthreads();
-    pass_bins(s, false, by_count, mass, count);
-    const int bin = s.bin;
-    uint32_t prefix = 0;
-    for (int level = 0; level < 3; level++) {
-        const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, digit_bits = level == 2 ? 10 : 11;
-        clear_bins(s);
-        for (int i = threadIdx.x; i < row.n; i += kThreads) {
-            const uint32_t key = key_of(row.x[i]);
-            if ((level == 0 || key >> (shift + digit_bits) == prefix) && row.x[i] > -INFINITY && row.bin(i) == bin)
-                add_to_bin(s, (int)(key >> shift & ((1u << digit_bits) - 1)), row.mass(i));
-        }
-        __syncthreads();
-        pass_bins(s, true, by_count, mass, count);
-        prefix = prefix << digit_bits | (uint32_t)s.bin;
-    }
-    // All tokens of the last bin are of one value, and weigh alike.
-    if (threadIdx.x == 0) {
-        const uint64_t each = s.mass[s.bin] / s.count[s.bin];
-        const uint32_t rank = by_count ? count - s.count_before : (uint32_t)((mass - s.mass_before) / each);
-        s.result = {prefix, (int)rank, s.mass_before + (rank + 1) * each};
+    const uint64_t warps_up_to = warp_prefix(s.sums[lane]), all = __shfl_sync(~0u, warps_up_to, 31);
+    uint64_t before = __shfl_sync(~0u, warps_up_to, warp) - s.sums[warp] + up_to - sum;
+    if (!ByCount)
+        target = min((uint64_t)((double)target / (double)total * (double)all), all - 1);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        if (before <= target && before + sizes[i] > target)
+            s.bin = first + i, s.count_before = (uint32_t)before;
+        before += sizes[i];
     }
     __syncthreads();
-    const found out = s.result;
-    __syncthreads();
-    return out;
+    return s.bin;
 }
 
-// The part of the row that a warp goes through in order of tokens.
-__device__ void warp_range(int n, int *begin, int *end) {
-    const int each = (n + kWarps - 1) / kWarps;
-    *begin = min((int)(threadIdx.x / 32) * each, n);
-    *end = min(*begin + each, n);
-}
-
-// The first token, in order of tokens, with which the sum of weight(i) passes `target`, which is below the whole sum.
-template <typename F> __device__ int find_in_order(int n, shared_state &s, uint64_t target, F weight) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int begin, end;
-    warp_range(n, &begin, &end);
-    uint64_t sum = 0;
-    for (int i = begin + lane; i < end; i += 32)
-        sum += weight(i);
-    for (int step = 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(~0u, sum, step);
+// Tokens x of which where(x) is 0 into the list, as far as it has room, with the range of their keys. *before: the mass
+// of those where it is negative; *inside: of those where it is 0.
+template <typename F>
+__device__ void list_tokens(const row_view &row, shared_state &s, F where, uint64_t *before, uint64_t *inside) {
     __syncthreads();
-    if (lane == 0)
-        s.sums[warp] = sum;
+    if (threadIdx.x == 0)
+        s.n_listed = s.most = 0, s.least = ~0u;
     __syncthreads();
-    uint64_t before = 0;
-    for (int i = 0; i < warp; i++)
-        before += s.sums[i];
-    if (before <= target && before + sum > target)
-        for (int first = begin; first < end; first += 32) {
-            uint64_t up_to = first + lane < end ? weight(first + lane) : 0;
-            for (int step = 1; step < 32; step *= 2) {
-                const uint64_t other = __shfl_up_sync(~0u, up_to, step);
-                up_to += lane >= step ? other : 0;
-            }
-            const unsigned passed = __ballot_sync(~0u, before + up_to > target);
-            if (passed) {
-                if (lane == 0)
-                    s.token = first + __ffs((int)passed) - 1;
-                break;
-            }
-            before += __shfl_sync(~0u, up_to, 31);
+    uint64_t sum = 0, sum_inside = 0;
+    row.for_each([&](int i, float v) {
+        const int place = where(v);
+        if (place > 0)
+            return;
+        const uint64_t mass = row.mass(v);
+        if (place < 0) {
+            sum += mass;
+            return;
         }
+        sum_inside += mass;
+        const uint32_t key = key_of(v), at = atomicAdd(&s.n_listed, 1u);
+        atomicMin(&s.least, key);
+        atomicMax(&s.most, key);
+        if (at < kListed)
+            s.listed[at] = (uint64_t)key << 32 | (uint32_t)~i, s.masses[at] = mass;
+    });
+    *before = sum, *inside = sum_inside;
+    block_sums(before, inside, s);
+}
+
+struct found {
+    int token;
+    uint64_t mass; // of all tokens up to this one
+};
+
+// The first token of the list, in falling order, with which masses or the number of tokens pass `target`.
+template <bool ByCount> __device__ found rank_list(shared_state &s, uint64_t target, uint64_t before) {
+    constexpr int kShare = 8; // lanes a token
+    const int n = (int)s.n_listed, part = threadIdx.x % kShare;
+    for (int first = 0; first < n; first += kThreads / kShare) {
+        const int i = first + (int)threadIdx.x / kShare;
+        const uint64_t mine = i < n ? s.listed[i] : ~0ull;
+        uint64_t mass = 0;
+        uint32_t count = 0;
+        for (int j = part; j < n; j += kShare)
+            if (s.listed[j] >= mine)
+                mass += s.masses[j], count++;
+        for (int step = kShare / 2; step > 0; step /= 2) {
+            mass += __shfl_xor_sync(~0u, mass, step);
+            count += __shfl_xor_sync(~0u, count, step);
+        }
+        if (i >= n || part != 0)
+            continue;
+        const uint64_t up_to = ByCount ? count : mass, own = ByCount ? 1 : s.masses[i];
+        if (up_to > target && up_to - own <= target)
+            s.token = (int)~(uint32_t)mine, s.mass_up_to = before + mass;
+    }
     __syncthreads();
-    const int token = s.token;
-    __syncthreads();
-    return token;
+    return {s.token, s.mass_up_to};
+}
+
+// The first token, in falling order, with which the number of tokens or the sum of masses passes `target`; masses must
+// pass it. With fewer tokens than that, token -1 and `total`, the mass of all.
+template <bool ByCount> __device__ found find(const row_view &row, shared_state &s, uint64_t target, uint64_t total) {
+    int bin = find_bin<ByCount>(s, target, total);
+    if (bin < 0)
+        return {-1, total};
+    const uint32_t count_before = s.count_before;
+    uint64_t before, inside;
+    for (;;) {
+        list_tokens(
+            row, s, [&](float v) { return row.bin(v) - bin; }, &before, &inside);
+        if (ByCount || (before <= target && before + inside > target))
+            break;
+        const int step = before > target ? -1 : 1;
+        do
+            bin += step;
+        while (s.count[bin] == 0);
+    }
+    target -= ByCount ? count_before : before;
+    uint32_t n = s.n_listed, least = s.least, most = s.most;
+    if (n <= kListed)
+        return rank_list<ByCount>(s, target, before);
+    while (n > kListed && least < most) {
+        const uint32_t middle = most - (most - least) / 2;
+        uint64_t mass = 0, count = 0;
+        row.for_each([&](int, float v) {
+            const uint32_t key = key_of(v);
+            if (key >= middle && key <= most)
+                mass += row.mass(v), count++;
+        });
+        block_sums(&mass, &count, s);
+        const uint64_t size = ByCount ? count : mass;
+        if (size > target) {
+            least = middle;
+            n = (uint32_t)count;
+        } else {
+            most = middle - 1;
+            n -= (uint32_t)count;
+            target -= size;
+            before += mass;
+        }
+    }
+    if (n > kListed) { // all alike
+        const uint64_t each = row.mass(value_of(least)), rank = ByCount ? target : target / each;
+        return {find_in_order(row, s, rank, [&](float v) { return (uint64_t)(key_of(v) == least); }),
+                before + (rank + 1) * each};
+    }
+    uint64_t ahead;
+    list_tokens(
+        row, s, [&](float v) { return key_of(v) >= least && key_of(v) <= most ? 0 : 1; }, &ahead, &inside);
+    return rank_list<ByCount>(s, target, before);
 }
 
 // x of token `i` before its row was changed: the first of the lists that has it kept it.
@@ -281,86 +382,83 @@ __device__ void adjust(const ts_sample_args &a, const ts_sample_row &row, float 
 __device__ int choose(const ts_sample_row &row, const row_view &view, int greedy, shared_state &s) {
     if (row.temperature <= 0)
         return greedy;
-    uint64_t sum = 0;
-    uint32_t n_there = 0;
-    for (int i = threadIdx.x; i < view.n; i += kThreads) {
-        const bool there = view.x[i] > -INFINITY;
-        sum += there ? view.mass(i) : 0;
-        n_there += there;
-    }
-    const uint64_t total = block_sum(sum, s);
-    const bool filters = row.top_k > 0 || row.top_p < 1 || row.min_p > 0;
-    if (!filters) {
+    uint64_t total = 0, heavy = 0;
+    if (row.top_k <= 0 && row.top_p >= 1 && row.min_p <= 0) {
+        view.for_each([&](int, float v) { total += view.mass(v); });
+        block_sums(&total, &heavy, s);
         const uint64_t target = min((uint64_t)(row.draw * (double)total), total - 1);
-        return find_in_order(view.n, s, target, [&](int i) { return view.x[i] > -INFINITY ? view.mass(i) : 0ull; });
+        return find_in_order(view, s, target, [&](float v) { return view.mass(v); });
     }
-    uint64_t left = total, kept;
-    if (row.top_k > 0 && (uint64_t)row.top_k < block_sum(n_there, s))
-        left = find(view, s, true, 0, (uint32_t)row.top_k - 1).mass;
-    kept = left;
+    // Every filter leaves the first tokens in falling order: together, those of the least mass.
+    fill_bins(view, s, row.min_p, &total, &heavy);
+    uint64_t left = total;
+    if (row.top_k > 0)
+        left = find<true>(view, s, (uint64_t)row.top_k - 1, total).mass;
+    uint64_t kept = min(left, heavy);
     if (row.top_p < 1) {
         const double share = ceil((double)row.top_p * (double)left);
         const uint64_t passed = share < 1 ? 0 : (uint64_t)share - 1;
         if (passed < left)
-            kept = find(view, s, false, passed, 0).mass;
+            kept = min(kept, find<false>(view, s, passed, total).mass);
     }
-    if (row.min_p > 0) {
-        const float least = (float)-log((double)row.min_p);
-        sum = 0;
-        for (int i = threadIdx.x; i < view.n; i += kThreads)
-            sum += view.x[i] > -INFINITY && view.below(i) <= least ? view.mass(i) : 0;
-        kept = min(kept, block_sum(sum, s));
-    }
-    kept = max(min(kept, left), kOne); // the largest always stays
-    const found at = find(view, s, false, min((uint64_t)(row.draw * (double)kept), kept - 1), 0);
-    return find_in_order(view.n, s, (uint64_t)at.rank,
-                         [&](int i) { return key_of(view.x[i]) == at.key ? 1ull : 0ull; });
+    kept = max(kept, kOne); // the largest always stays
+    return find<false>(view, s, min((uint64_t)(row.draw * (double)kept), kept - 1), total).token;
 }
 
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ ts_sample_args a, bool is_staged) {
-    extern __shared__ float staged[];
+// The whole row into shared memory, all of it in flight at once.
+__device__ void stage(const row_view &row, float *staged) {
+    for (int i = threadIdx.x; i < row.n_fours; i += kThreads)
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(staged + 4 * i)),
+            "l"(row.x + 4 * i));
+    for (int i = 4 * row.n_fours + threadIdx.x; i < row.n; i += kThreads)
+        staged[i] = row.x[i];
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+}
+
+template <bool IsStaged>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ ts_sample_args a) {
+    extern __shared__ float4 staged[];
     __shared__ shared_state s;
     const ts_sample_row row = a.rows[blockIdx.x];
     const int n = (int)a.logits.cols, tid = threadIdx.x;
-    float *logits = (float *)a.logits.data + blockIdx.x * a.logits.stride, *x = logits;
+    float *x = (float *)a.logits.data + blockIdx.x * a.logits.stride;
     ts_sample_result *out = a.results + blockIdx.x;
-    if (is_staged) {
-        x = staged;
-        for (int i = tid; i < n; i += kThreads)
-            x[i] = logits[i];
-        __syncthreads();
+    row_view view = {x, n, (uintptr_t)x % sizeof(float4) == 0 ? n / 4 : 0};
+    if constexpr (IsStaged) {
+        stage(view, (float *)staged);
+        x = (float *)staged;
+        view = {x, n, n / 4};
     }
     float largest, raw_largest = 0;
     int greedy;
     bool bad;
     uint64_t raw_total = 1;
     if (row.n_logprobs >= 0) { // as the model sees it, before anything is changed
-        block_largest(x, n, 0xffffffffu, -1, s, &raw_largest, &greedy, &bad);
-        const row_view raw = {x, n, raw_largest, 1.0};
-        uint64_t sum = 0;
-        for (int i = tid; i < n; i += kThreads)
-            sum += x[i] > -INFINITY ? raw.mass(i) : 0;
-        raw_total = block_sum(sum, s);
-        uint32_t key = 0xffffffffu;
-        int token = -1, n_top = 0;
-        for (; n_top < row.n_logprobs; n_top++) {
-            float value;
-            block_largest(x, n, key, token, s, &value, &token, &bad);
-            if (token < 0)
-                break;
-            key = key_of(value);
+        block_largest<false>(view, 0, 0, s, &raw_largest, &greedy, &bad);
+        view.set_scale(raw_largest, 1);
+        uint64_t sum = 0, unused = 0;
+        view.for_each([&](int, float v) { sum += view.mass(v); });
+        block_sums(&sum, &unused, s);
+        raw_total = sum;
+        float value = raw_largest;
+        int token = greedy, n_top = 0;
+        while (n_top < row.n_logprobs && token >= 0) {
             if (tid == 0)
                 out->top_tokens[n_top] = token, out->top_logits[n_top] = value;
+            if (++n_top < row.n_logprobs)
+                block_largest<true>(view, key_of(value), token, s, &value, &token, &bad);
         }
         if (tid == 0)
             out->n_top = n_top;
         __syncthreads();
     }
     adjust(a, row, x);
-    block_largest(x, n, 0xffffffffu, -1, s, &largest, &greedy, &bad);
+    block_largest<false>(view, 0, 0, s, &largest, &greedy, &bad);
     int token = -1;
     if (!bad && largest > -INFINITY) {
-        const row_view view = {x, n, largest, row.temperature > 0 ? 1.0 / (double)row.temperature : 1.0};
+        view.set_scale(largest, row.temperature > 0 ? row.temperature : 1);
         token = choose(row, view, greedy, s);
     }
     if (tid == 0) {
@@ -375,15 +473,17 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 ts_status ts_cuda_sample(ts_device *base, const ts_sample_args *args) {
     ts_status status = TS_OK;
     int most_bytes = 0;
-    bool is_staged;
     const ts_cuda_device *device = ts_cuda_device_of(base);
-    const size_t row_bytes = (size_t)args->logits.cols * sizeof(float);
+    const size_t row_bytes = ((size_t)args->logits.cols * sizeof(float) + 15) / 16 * 16;
+    const unsigned n_rows = (unsigned)args->logits.rows;
     TS_CUDA_TRY(cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device->ordinal));
-    is_staged = row_bytes + kStaticBytes <= (size_t)most_bytes;
-    if (is_staged)
-        TS_CUDA_TRY(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)row_bytes));
-    sample_kernel<<<(unsigned)args->logits.rows, kThreads, is_staged ? row_bytes : 0, device->stream>>>(*args,
-                                                                                                        is_staged);
+    if (row_bytes + sizeof(shared_state) + 128 <= (size_t)most_bytes) {
+        TS_CUDA_TRY(
+            cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)row_bytes));
+        sample_kernel<true><<<n_rows, kThreads, row_bytes, device->stream>>>(*args);
+    } else {
+        sample_kernel<false><<<n_rows, kThreads, 0, device->stream>>>(*args);
+    }
     TS_CUDA_TRY(cudaGetLastError());
 done:
     return status;

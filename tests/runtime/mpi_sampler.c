@@ -61,9 +61,8 @@ static void choose(checker *c, ts_group *tp, const float logits[N_KINDS][V], ts_
     ts_sampler *sampler = NULL;
     ts_sampler_row *rows = calloc(N_ROWS, sizeof *rows);
     const ts_sampler_row **pointers = malloc(N_ROWS * sizeof(ts_sampler_row *));
-    int32_t *logit_row = malloc(N_ROWS * sizeof *logit_row);
-    float *shard = malloc((size_t)(N_KINDS * n) * sizeof *shard);
-    CHECK(c, rows && pointers && logit_row && shard, "memory");
+    float *shard = malloc((size_t)n * sizeof *shard);
+    CHECK(c, rows && pointers && shard, "memory");
     CHECK_OK(c, ts_sampler_create(tp, &sampler));
     for (int i = 0; i < N_ROWS; i++) {
         const ts_sampling_params params = params_of(i % N_CASES);
@@ -74,18 +73,15 @@ static void choose(checker *c, ts_group *tp, const float logits[N_KINDS][V], ts_
         pointers[i] = &rows[i];
     }
     for (int kind = 0; kind < N_KINDS; kind++) {
-        for (int i = 0; i < N_ROWS; i++)
-            logit_row[i] = kind;
-        for (int k = 0; k < N_KINDS; k++)
-            memcpy(shard + k * n, logits[k] + first, (size_t)n * sizeof *shard);
-        CHECK_OK(c, ts_sampler_choose(sampler, ts_tensor_of(shard, TS_F32, N_KINDS, n), pointers, logit_row, N_ROWS,
-                                      choices + (int64_t)kind * N_ROWS));
+        ts_tensor same = ts_tensor_of(shard, TS_F32, N_ROWS, n); // for every row
+        same.stride = 0;
+        memcpy(shard, logits[kind] + first, (size_t)n * sizeof *shard);
+        CHECK_OK(c, ts_sampler_choose(sampler, same, pointers, N_ROWS, choices + (int64_t)kind * N_ROWS));
     }
     for (int i = 0; i < N_ROWS; i++)
         ts_sampler_row_end(&rows[i]);
     ts_sampler_free(sampler);
     free(shard);
-    free(logit_row);
     free(pointers);
     free(rows);
 }
@@ -122,18 +118,15 @@ static void check_nan(checker *c, ts_group *tp) {
     ts_sampler_row row;
     const ts_sampler_row *rows[] = {&row};
     ts_next_token choice;
-    const int32_t zero = 0;
     CHECK_OK(c, ts_sampler_create(tp, &sampler));
     for (int bad = 0; bad < n_ranks; bad++) {
         const ts_sampling_params params = params_of(bad % 8);
         CHECK_OK(c, ts_sampler_row_begin(&row, &params, 1, 0, 3 * rank, 3, eos, 2));
         float logits[] = {1, rank == bad ? NAN : 2, 3};
-        CHECK(c,
-              ts_sampler_choose(sampler, ts_tensor_of(logits, TS_F32, 1, 3), rows, &zero, 1, &choice) ==
-                  TS_ERR_INTERNAL,
+        CHECK(c, ts_sampler_choose(sampler, ts_tensor_of(logits, TS_F32, 1, 3), rows, 1, &choice) == TS_ERR_INTERNAL,
               "NaN on rank %d", bad);
         logits[1] = 2;
-        CHECK_OK(c, ts_sampler_choose(sampler, ts_tensor_of(logits, TS_F32, 1, 3), rows, &zero, 1, &choice));
+        CHECK_OK(c, ts_sampler_choose(sampler, ts_tensor_of(logits, TS_F32, 1, 3), rows, 1, &choice));
         ts_sampler_row_end(&row);
     }
     ts_sampler_free(sampler);

@@ -41,14 +41,19 @@ static ts_sampler_row row_of(const ts_sampling_params *params, int64_t V, const 
     return row;
 }
 
+static ts_tensor same_for_all(float *logits, int64_t n, int64_t V) {
+    ts_tensor tensor = ts_tensor_of(logits, TS_F32, n, V);
+    tensor.stride = 0;
+    return tensor;
+}
+
 static ts_status try_choose(const ts_sampling_params *params, const float *logits, int64_t V, const history *past,
                             ts_next_token *out) {
     ts_sampler_row row = row_of(params, V, past);
     const ts_sampler_row *rows[] = {&row};
-    const int32_t logit_row[] = {0};
     float *copy = malloc((size_t)V * sizeof *copy);
     memcpy(copy, logits, (size_t)V * sizeof *copy);
-    const ts_status status = ts_sampler_choose(sampler, ts_tensor_of(copy, TS_F32, 1, V), rows, logit_row, 1, out);
+    const ts_status status = ts_sampler_choose(sampler, ts_tensor_of(copy, TS_F32, 1, V), rows, 1, out);
     free(copy);
     ts_sampler_row_end(&row);
     return status;
@@ -77,7 +82,6 @@ static void check_distribution(const ts_sampling_params *params, const float *lo
     enum { N = 20000, BLOCK = 500 };
     static ts_sampler_row rows[BLOCK];
     const ts_sampler_row *pointers[BLOCK];
-    static const int32_t logit_row[BLOCK];
     ts_next_token *choices = malloc(BLOCK * sizeof *choices);
     int counts[1024] = {0};
     float copy[1024];
@@ -90,8 +94,8 @@ static void check_distribution(const ts_sampling_params *params, const float *lo
     for (int first = 0; first < N; first += BLOCK) {
         for (int i = 0; i < BLOCK; i++)
             rows[i].request = (uint64_t)(first + i) * 0x9e3779b97f4a7c15u;
-        cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(copy, TS_F32, 1, V), pointers, logit_row, BLOCK, choices),
-                     TS_OK, "%s", ts_status_message());
+        cr_assert_eq(ts_sampler_choose(sampler, same_for_all(copy, BLOCK, V), pointers, BLOCK, choices), TS_OK, "%s",
+                     ts_status_message());
         for (int i = 0; i < BLOCK; i++)
             counts[choices[i].token]++;
     }
@@ -449,9 +453,7 @@ Test(sampler, a_fork_knows_the_prompt) {
     ts_next_token choices[2];
     float values[] = {1, 2, 3};
     ts_sampler_row_copy_prompt(&to, &from);
-    cr_assert_eq(
-        ts_sampler_choose(sampler, ts_tensor_of(values, TS_F32, 1, 3), rows, (const int32_t[]){0, 0}, 2, choices),
-        TS_OK);
+    cr_assert_eq(ts_sampler_choose(sampler, same_for_all(values, 2, 3), rows, 2, choices), TS_OK);
     cr_assert(choices[0].token == 0 && choices[1].token == 0);
     ts_sampler_row_end(&from);
     ts_sampler_row_end(&to);
@@ -537,16 +539,15 @@ Test(sampler, log_probability_without_alternatives) {
 
 // ---- What a draw depends on
 
-// A batch of different rows over two rows of logits gives each what it gets alone.
+// A batch of different rows, of two kinds of logits, gives each what it gets alone.
 Test(sampler, rows_do_not_see_each_other) {
     enum { V = 61, N = 12 };
-    float values[2 * V];
+    float values[N * V];
     ts_sampler_row rows[N];
     const ts_sampler_row *pointers[N];
-    int32_t logit_row[N];
     ts_next_token together[N], alone;
-    for (int i = 0; i < 2 * V; i++)
-        values[i] = (float)((i * 37) % 23) * 0.3f;
+    for (int i = 0; i < N * V; i++)
+        values[i] = (float)((i % (2 * V) * 37) % 23) * 0.3f;
     for (int i = 0; i < N; i++) {
         ts_sampling_params params = ts_sampling_params_default();
         params.temperature = i % 5 == 4 ? 0 : 0.9f;
@@ -558,14 +559,10 @@ Test(sampler, rows_do_not_see_each_other) {
         rows[i] = row_of(&params, V, &past);
         rows[i].sample = (uint32_t)i % 3;
         pointers[i] = &rows[i];
-        logit_row[i] = i % 2;
     }
-    cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(values, TS_F32, 2, V), pointers, logit_row, N, together),
-                 TS_OK);
+    cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(values, TS_F32, N, V), pointers, N, together), TS_OK);
     for (int i = 0; i < N; i++) {
-        const int32_t zero = 0;
-        cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(values + V * logit_row[i], TS_F32, 1, V), &pointers[i],
-                                       &zero, 1, &alone),
+        cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(values + V * i, TS_F32, 1, V), &pointers[i], 1, &alone),
                      TS_OK);
         cr_assert_eq(alone.token, together[i].token);
         cr_assert_eq(alone.n_top, together[i].n_top);
@@ -583,7 +580,6 @@ Test(sampler, draws_depend_on_seed_request_sample_and_position_alone) {
     static float values[V];
     ts_sampler_row rows[N];
     const ts_sampler_row *pointers[N];
-    static const int32_t logit_row[N];
     static ts_next_token choices[N];
     const ts_sampling_params params = ts_sampling_params_default();
     int32_t first[N];
@@ -599,8 +595,7 @@ Test(sampler, draws_depend_on_seed_request_sample_and_position_alone) {
             rows[i].sample = change == 4 ? 1 : 0;
             rows[i].n_generated = change == 5 ? 1 : 0;
         }
-        cr_assert_eq(ts_sampler_choose(sampler, ts_tensor_of(values, TS_F32, 1, V), pointers, logit_row, N, choices),
-                     TS_OK);
+        cr_assert_eq(ts_sampler_choose(sampler, same_for_all(values, N, V), pointers, N, choices), TS_OK);
         for (int i = 0; i < N; i++) {
             first[i] = change == 0 ? choices[i].token : first[i];
             n_same += choices[i].token == first[i];
