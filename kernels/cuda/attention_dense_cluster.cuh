@@ -5,7 +5,7 @@
 // clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
 // one tile per worker warpgroup. Per wave a worker
 //     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block
-//     c;
+//     c, each warp the rows that it has;
 //     2. forms what the tile's tokens give each other, eq. (9), while
 //     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends
 //     each
@@ -213,26 +213,42 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates
     }
 }
 
-// The worker's slice of each block goes to that block, with S_t where there is a tile.
-__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int rank, bool has_tile) {
-    const int thread = threadIdx.x % 128;
-    if (thread < kClusterBlocks) {
-        if (thread == 0)
-            expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
-        const uint32_t barrier = in_block(shared_address(&shared.inbox_full[stage]), thread);
+// The warp's feature rows go to the two blocks that have them, with S_t where there is a tile. To its own block they
+// are written, not sent: a block may not be the destination of its own bulk copies.
+__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int block, bool has_tile) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, rank = block * kWorkers + worker;
+    const uint32_t full = shared_address(&shared.inbox_full[stage]), inbox = shared_address(shared.inbox[stage][rank]),
+                   slice = shared_address(&shared.inbox_slices[stage][rank]),
+                   state = shared_address(shared.worker[worker].state[stage]),
+                   outbox = shared_address(&shared.outbox[worker][stage][0]);
+    if (warp == 0 && lane == 0)
+        expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
+    const int to = 2 * warp + lane;
+    if (lane < 2 && to != block) {
+        const uint32_t barrier = in_block(full, to);
         if (has_tile)
-            send_bulk(in_block(shared_address(shared.inbox[stage][rank]), thread),
-                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes,
-                      8 * kPanelRowBytes, barrier);
-        send_bulk(in_block(shared_address(&shared.inbox_slices[stage][rank]), thread),
-                  shared_address(&shared.outbox[worker][stage][thread]), sizeof(TileSlice), barrier);
+            send_bulk(in_block(inbox, to), state + to * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
+        send_bulk(in_block(slice, to), outbox + to * (uint32_t)sizeof(TileSlice), sizeof(TileSlice), barrier);
+    }
+    __syncwarp();
+    if (warp == block / 2) {
+        if (has_tile) {
+            const uint32_t own = state + block * 8 * kPanelRowBytes + 16 * lane;
+            store_shared16(inbox + 16 * lane, load_shared16(own));
+            store_shared16(inbox + 16 * (lane + 32), load_shared16(own + 16 * 32));
+        }
+        if (lane < (int)sizeof(TileSlice) / 16)
+            store_shared16(slice + 16 * lane, load_shared16(outbox + block * (uint32_t)sizeof(TileSlice) + 16 * lane));
+        __syncwarp();
+        if (lane == 0)
+            arrive(full);
     }
     __syncwarp();
 }
 
 // Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
 __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates,
-                                                uint32_t k, uint32_t v, int rank) {
+                                                uint32_t k, uint32_t v, int block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     map_tile_keys(gates, k);
     publish_to_wgmma();
@@ -264,8 +280,8 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worke
     group_hold(s);
     store_accumulator(shared_address(shared.worker[worker].state[stage]), 16 * warp, s, 1.0f, 1.0f);
     publish_to_wgmma();
-    worker_sync(worker);
-    send_slices(shared, worker, stage, rank, true);
+    __syncwarp();
+    send_slices(shared, worker, stage, block, true);
 }
 
 // The worker forms S of the next wave between the two halves of this wave's outputs, so that it need not wait for S^.
@@ -293,9 +309,9 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     auto begin_wave = [&](const Wave &w, const Gates &gates, int stage) {
         if (rank < w.n_tiles)
             send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes,
-                            rank);
+                            block);
         else if (w.n_tiles > 0)
-            send_slices(shared, worker, stage, rank, false);
+            send_slices(shared, worker, stage, block, false);
     };
     int stage = 0, wave = 0, parity = 0, gates_parity = 0;
     wait_phase(gates_full, 0);
@@ -356,6 +372,16 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
 #pragma unroll
                 for (int t = 0; t < 4; t++)
                     mma(mass, fw[t], kOnes, kOnes);
+                // e^{c_n} q^_n, so that the state's part is added where the tile's own is.
+                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
+                const uint32_t decay0 = pack_bf16(from0, from0), decay1 = pack_bf16(from1, from1);
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    fq[t][0] = multiply_bf16(fq[t][0], decay0);
+                    fq[t][1] = multiply_bf16(fq[t][1], decay1);
+                    fq[t][2] = multiply_bf16(fq[t][2], decay0);
+                    fq[t][3] = multiply_bf16(fq[t][3], decay1);
+                }
                 group_wait<0>();
                 group_hold(y);
             }
@@ -374,31 +400,21 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 publish_to_wgmma();
             }
             if (is_active) {
-                Accumulator old;
-                float carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                 const uint64_t states = panel_descriptor(state);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<1>(old, fq[t], panel_further(states, t * 2048), t > 0);
+                    group_product<1>(y, fq[t], panel_further(states, t * 2048), 1);
                 group_commit();
 #pragma unroll
                 for (int t = 0; t < 4; t++) {
                     const float2 *z = reinterpret_cast<const float2 *>(shared.mass[worker][stage]) + 8 * t + lane % 4;
-                    mma(carried, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
+                    mma(mass, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
                 }
-                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
-                const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
-                            scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
+                const float scale0 = __fdividef(1.0f, mass[0] + a.normalizer_eps),
+                            scale1 = __fdividef(1.0f, mass[2] + a.normalizer_eps);
                 group_wait<0>();
-                group_hold(old);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    y[j][0] += from0 * old[j][0];
-                    y[j][1] += from0 * old[j][1];
-                    y[j][2] += from1 * old[j][2];
-                    y[j][3] += from1 * old[j][3];
-                }
+                group_hold(y);
                 // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the
                 // state's after the last head, q's before it.
                 const uint32_t panel = is_last ? state : q;
@@ -466,9 +482,7 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
             store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
         __syncwarp();
         if (lane < kWorkers)
-            asm volatile(
-                "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2]))
-                : "memory");
+            arrive(shared_address(&shared.gates_full[lane][n_gated % 2]));
         __syncwarp();
         n_gated++;
     };
@@ -557,8 +571,11 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         };
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
-            if (thread == 0)
-                expect_bytes(inbox_full + 8 * stage, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
+            if (thread == 0) {
+                const int n_own = min(max(n - block * kWorkers, 0), kWorkers); // not sent
+                expect_bytes(inbox_full + 8 * stage,
+                             (n - n_own) * 8 * kPanelRowBytes + (kWaveTiles - kWorkers) * (int)sizeof(TileSlice));
+            }
             wait_phase(inbox_full + 8 * stage, parity);
             const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
             const TileSlice *slices = shared.inbox_slices[stage];
@@ -633,16 +650,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(co
               n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        auto begin = [](const uint64_t &barrier) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+        auto begin = [](const uint64_t &barrier, int n_arrivals) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)
+                         : "memory");
         };
-        begin(shared.inbox_full[0]);
-        begin(shared.inbox_full[1]);
+        begin(shared.inbox_full[0], 1 + kWorkers);
+        begin(shared.inbox_full[1], 1 + kWorkers);
         for (int i = 0; i < kWorkers; i++) {
-            begin(shared.state_full[i][0]);
-            begin(shared.state_full[i][1]);
-            begin(shared.gates_full[i][0]);
-            begin(shared.gates_full[i][1]);
+            begin(shared.state_full[i][0], 1);
+            begin(shared.state_full[i][1], 1);
+            begin(shared.gates_full[i][0], 1);
+            begin(shared.gates_full[i][1], 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
