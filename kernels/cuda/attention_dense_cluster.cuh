@@ -4,12 +4,11 @@
 // clusters of 8 blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of
 // clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
 // one tile per worker warpgroup. Per wave a worker
-//     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to block
-//     c;
+//     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to
+//        block c, each warp the rows that it has;
 //     2. forms what the tile's tokens give each other, eq. (9), while
-//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and sends
-//     each
-//        tile the state that it begins with, in bf16;
+//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and send
+//        each tile the state that it begins with, in bf16;
 //     4. adds the state's part and writes y.
 // Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker,
 // with a tile or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is
@@ -17,120 +16,42 @@
 #ifndef TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 #define TS_CUDA_ATTENTION_DENSE_CLUSTER_CUH
 
-#include "kernels/cuda/attention_dense_gates.cuh"
-#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/attention_dense_recurrence.cuh"
 
 namespace ts {
-
-constexpr int kClusterBlocks = 8;
-constexpr int kWorkers = 3; // warpgroups of a block that have tiles
-constexpr int kWaveTiles = kClusterBlocks * kWorkers;
-constexpr int kClusterThreads = 128 * (kWorkers + 1);
-constexpr int kTileBytes = 64 * kPanelRowBytes;
-constexpr int kPieceTiles = 3 * kWaveTiles;
-constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
-
-// What a tile's worker sends to one block beside 8 rows of S_t.
-struct TileSlice {
-    float z[8];
-    float log_decay; // of the tile, in powers of 2
-    float decay;     // 2^log_decay
-    float unused[2];
-};
-
-// Gates of a tile's tokens, eqs. (2), (3), (5).
-struct Gates {
-    float log_decay[64]; // c, in powers of 2
-    __nv_bfloat16 key_gate[64];
-    __nv_bfloat16 to_end[64]; // e^{c_last - c_m}
-};
-
-// 24 tiles or fewer of a piece. Tokens are counted from the first tile's first.
-struct Wave {
-    int64_t row; // of token 0 in the batch; negative where the span begins inside the first tile
-    int head;
-    int n_tiles;    // 0 after the last piece
-    int begin, end; // the span's tokens
-};
-
-constexpr int kGateStages = 3; // gates are written two waves ahead
-constexpr int kWaveStages = 8; // waves are told three ahead
-
-struct WorkerShared {
-    unsigned char k[2][kTileBytes], v[2][kTileBytes], q[kTileBytes];
-    unsigned char state[2][kTileBytes]; // S_t on its way out, then S^ as it comes in, then y on its way out
-};
-
-struct ClusterShared {
-    WorkerShared worker[kWorkers];
-    unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
-    TileSlice inbox_slices[2][kWaveTiles];
-    TileSlice outbox[kWorkers][2][kClusterBlocks];
-    float mass[kWorkers][2][64]; // z^
-    Gates gates[kWorkers][kGateStages];
-    Wave wave[kWaveStages];
-    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2]; // of even and of odd waves
-};
-
-// A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
-struct ClusterWork {
-    int64_t row;   // of tile 0's first token in the batch; negative where the span begins inside the tile
-    int64_t cache; // index of (sequence, KV head)
-    int64_t end;   // token after the span's last, from tile 0's first
-    int item;      // -1 when there is none
-    int pair, piece, head;
-    int first_tile, end_tile; // of the piece
-    int begin;                // tokens of tile 0 before the span
-};
-
-// The first piece at or after `item`, in this cluster's turn.
-__device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, int n_clusters) {
-    ClusterWork w;
-    const int pairs = a.n_spans * a.n_kv_heads;
-    for (;; item += n_clusters) {
-        if (item >= a.n_items) {
-            w.item = -1;
-            return w;
-        }
-        w.piece = item / pairs;
-        w.pair = item - w.piece * pairs;
-        const int index = w.pair / a.n_kv_heads;
-        const ts_span span = a.spans[index];
-        w.begin = (int)(span.position % 64);
-        w.end = w.begin + span.n_tokens;
-        const int n_tiles = (int)((w.end + 63) / 64);
-        w.first_tile = w.piece * kPieceTiles;
-        if (w.first_tile >= n_tiles)
-            continue;
-        w.end_tile = min(n_tiles, w.first_tile + kPieceTiles);
-        w.item = item;
-        w.row = span.row - w.begin;
-        w.head = w.pair - index * a.n_kv_heads;
-        w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
-        return w;
-    }
-}
 
 __device__ __forceinline__ void worker_sync(int worker) {
     asm volatile("bar.sync %0, 128;" ::"r"(worker + 1) : "memory");
 }
 
-// The rows of 64 columns of tile `rank` of the wave into a panel; rows outside the span become 0.
-__device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int rank, int64_t column, uint32_t panel) {
+// Where a thread finds its part of tile `rank` of a wave.
+struct TileRows {
+    const __nv_bfloat16 *from; // 16-byte unit (thread % 8) of row (thread / 8), column 0
+    bool is_full;              // all 64 rows are the span's
+};
+
+__device__ __forceinline__ TileRows tile_rows(const DenseArgs &a, const Wave &w, int rank) {
+    const int unit = threadIdx.x & 7, row = rank * 64 + threadIdx.x % 128 / 8;
+    return {a.qkvg + (w.row + row) * a.stride + 8 * unit, rank * 64 >= w.begin && (rank + 1) * 64 <= w.end};
+}
+
+// The tile's rows of 64 columns into a panel; rows outside the span become 0.
+__device__ __forceinline__ void copy_tile(const DenseArgs &a, const Wave &w, int rank, const TileRows &rows, int column,
+                                          uint32_t panel) {
     const int unit = threadIdx.x & 7, row = threadIdx.x % 128 / 8;
-    const __nv_bfloat16 *from = a.qkvg + (w.row + rank * 64 + row) * a.stride + column + 8 * unit;
     const uint32_t to = panel_unit(panel, row, unit);
+    const __nv_bfloat16 *from = rows.from + column;
     const int64_t step = 16 * a.stride;
-    if (rank * 64 >= w.begin && (rank + 1) * 64 <= w.end) {
+    if (rows.is_full) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            copy_async(to + i * 16 * kPanelRowBytes, from + i * step);
+        for (int i = 0; i < 4; i++, from += step)
+            copy_async(to + i * 16 * kPanelRowBytes, from);
     } else {
 #pragma unroll 1
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 4; i++, from += step) {
             const int n = rank * 64 + row + 16 * i;
             const bool valid = n >= w.begin && n < w.end;
-            copy_async(to + i * 16 * kPanelRowBytes, valid ? from + i * step : a.qkvg, valid);
+            copy_async(to + i * 16 * kPanelRowBytes, valid ? from : a.qkvg, valid);
         }
     }
 }
@@ -213,26 +134,42 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates
     }
 }
 
-// The worker's slice of each block goes to that block, with S_t where there is a tile.
-__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int rank, bool has_tile) {
-    const int thread = threadIdx.x % 128;
-    if (thread < kClusterBlocks) {
-        if (thread == 0)
-            expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
-        const uint32_t barrier = in_block(shared_address(&shared.inbox_full[stage]), thread);
+// The warp's feature rows go to the two blocks that have them, with S_t where there is a tile. To its own block they
+// are written, not sent: a block may not be the destination of its own bulk copies.
+__device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, int stage, int block, bool has_tile) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, rank = block * kWorkers + worker;
+    const uint32_t full = shared_address(&shared.inbox_full[stage]), inbox = shared_address(shared.inbox[stage][rank]),
+                   slice = shared_address(&shared.inbox_slices[stage][rank]),
+                   state = shared_address(shared.worker[worker].state[stage]),
+                   outbox = shared_address(&shared.outbox[worker][stage][0]);
+    if (warp == 0 && lane == 0)
+        expect_bytes(shared_address(&shared.state_full[worker][stage]), (has_tile ? kTileBytes : 0) + 64 * 4);
+    const int to = 2 * warp + lane;
+    if (lane < 2 && to != block) {
+        const uint32_t barrier = in_block(full, to);
         if (has_tile)
-            send_bulk(in_block(shared_address(shared.inbox[stage][rank]), thread),
-                      shared_address(shared.worker[worker].state[stage]) + thread * 8 * kPanelRowBytes,
-                      8 * kPanelRowBytes, barrier);
-        send_bulk(in_block(shared_address(&shared.inbox_slices[stage][rank]), thread),
-                  shared_address(&shared.outbox[worker][stage][thread]), sizeof(TileSlice), barrier);
+            send_bulk(in_block(inbox, to), state + to * 8 * kPanelRowBytes, 8 * kPanelRowBytes, barrier);
+        send_bulk(in_block(slice, to), outbox + to * (uint32_t)sizeof(TileSlice), sizeof(TileSlice), barrier);
+    }
+    __syncwarp();
+    if (warp == block / 2) {
+        if (has_tile) {
+            const uint32_t own = state + block * 8 * kPanelRowBytes + 16 * lane;
+            store_shared16(inbox + 16 * lane, load_shared16(own));
+            store_shared16(inbox + 16 * (lane + 32), load_shared16(own + 16 * 32));
+        }
+        if (lane < (int)sizeof(TileSlice) / 16)
+            store_shared16(slice + 16 * lane, load_shared16(outbox + block * (uint32_t)sizeof(TileSlice) + 16 * lane));
+        __syncwarp();
+        if (lane == 0)
+            arrive(full);
     }
     __syncwarp();
 }
 
 // Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
 __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates,
-                                                uint32_t k, uint32_t v, int rank) {
+                                                uint32_t k, uint32_t v, int block) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     map_tile_keys(gates, k);
     publish_to_wgmma();
@@ -264,8 +201,8 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worke
     group_hold(s);
     store_accumulator(shared_address(shared.worker[worker].state[stage]), 16 * warp, s, 1.0f, 1.0f);
     publish_to_wgmma();
-    worker_sync(worker);
-    send_slices(shared, worker, stage, rank, true);
+    __syncwarp();
+    send_slices(shared, worker, stage, block, true);
 }
 
 // The worker forms S of the next wave between the two halves of this wave's outputs, so that it need not wait for S^.
@@ -277,31 +214,32 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
     const uint32_t state_base = shared_address(mine.state[0]),
                    state_full = shared_address(&shared.state_full[worker][0]),
                    gates_full = shared_address(&shared.gates_full[worker][0]);
-    auto load_keys = [&](const Wave &w, int stage) {
+    auto load_keys = [&](const Wave &w, const TileRows &rows, int stage) {
         if (rank < w.n_tiles) {
-            const int64_t k_column = (int64_t)(a.n_heads + w.head) * 64;
-            copy_tile(a, w, rank, k_column, k_base + stage * kTileBytes);
-            copy_tile(a, w, rank, k_column + (int64_t)a.n_kv_heads * 64, v_base + stage * kTileBytes);
+            const int k_column = (a.n_heads + w.head) * 64;
+            copy_tile(a, w, rank, rows, k_column, k_base + stage * kTileBytes);
+            copy_tile(a, w, rank, rows, k_column + a.n_kv_heads * 64, v_base + stage * kTileBytes);
         }
         copy_commit();
     };
-    auto load_queries = [&](const Wave &w, int i) {
+    auto load_queries = [&](const Wave &w, const TileRows &rows, int i) {
         if (rank < w.n_tiles)
-            copy_tile(a, w, rank, ((int64_t)w.head * heads + i) * 64, q);
+            copy_tile(a, w, rank, rows, (w.head * heads + i) * 64, q);
         copy_commit();
     };
     auto begin_wave = [&](const Wave &w, const Gates &gates, int stage) {
         if (rank < w.n_tiles)
             send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes,
-                            rank);
+                            block);
         else if (w.n_tiles > 0)
-            send_slices(shared, worker, stage, rank, false);
+            send_slices(shared, worker, stage, block, false);
     };
     int stage = 0, wave = 0, parity = 0, gates_parity = 0;
     wait_phase(gates_full, 0);
-    load_keys(shared.wave[0], 0);
-    load_queries(shared.wave[0], 0);
-    load_keys(shared.wave[1], 1);
+    TileRows rows = tile_rows(a, shared.wave[0], rank), rows_next = tile_rows(a, shared.wave[1], rank);
+    load_keys(shared.wave[0], rows, 0);
+    load_queries(shared.wave[0], rows, 0);
+    load_keys(shared.wave[1], rows_next, 1);
     copy_wait<2>();
     worker_sync(worker);
     begin_wave(shared.wave[0], shared.gates[worker][0], 0);
@@ -318,6 +256,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
         float c0 = 0.0f, c1 = 0.0f;
         if (is_active)
             c0 = gates.log_decay[n0], c1 = gates.log_decay[n0 + 8];
+        const bool is_full = rows.is_full;
         for (int i = 0; i < heads; i++) {
             const bool is_last = i + 1 == heads;
             uint32_t fq[4][4];
@@ -356,6 +295,16 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
 #pragma unroll
                 for (int t = 0; t < 4; t++)
                     mma(mass, fw[t], kOnes, kOnes);
+                // e^{c_n} q^_n, so that the state's part is added where the tile's own is.
+                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
+                const uint32_t decay0 = pack_bf16(from0, from0), decay1 = pack_bf16(from1, from1);
+#pragma unroll
+                for (int t = 0; t < 4; t++) {
+                    fq[t][0] = multiply_bf16(fq[t][0], decay0);
+                    fq[t][1] = multiply_bf16(fq[t][1], decay1);
+                    fq[t][2] = multiply_bf16(fq[t][2], decay0);
+                    fq[t][3] = multiply_bf16(fq[t][3], decay1);
+                }
                 group_wait<0>();
                 group_hold(y);
             }
@@ -363,8 +312,11 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 worker_sync(worker); // k, v and q of this wave have been read
                 wait_phase(gates_full + 8 * (stage ^ 1), gates_parity);
                 const Wave &next = shared.wave[(wave + 1) % kWaveStages];
-                load_queries(next, 0);
-                load_keys(shared.wave[(wave + 2) % kWaveStages], stage);
+                const Wave &after = shared.wave[(wave + 2) % kWaveStages];
+                load_queries(next, rows_next, 0);
+                rows = rows_next;
+                rows_next = tile_rows(a, after, rank);
+                load_keys(after, rows_next, stage);
                 copy_wait<2>();
                 worker_sync(worker);
                 begin_wave(next, shared.gates[worker][(wave + 1) % kGateStages], stage ^ 1);
@@ -374,31 +326,21 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                 publish_to_wgmma();
             }
             if (is_active) {
-                Accumulator old;
-                float carried[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                 const uint64_t states = panel_descriptor(state);
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
-                    group_product<1>(old, fq[t], panel_further(states, t * 2048), t > 0);
+                    group_product<1>(y, fq[t], panel_further(states, t * 2048), 1);
                 group_commit();
 #pragma unroll
                 for (int t = 0; t < 4; t++) {
                     const float2 *z = reinterpret_cast<const float2 *>(shared.mass[worker][stage]) + 8 * t + lane % 4;
-                    mma(carried, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
+                    mma(mass, fq[t], pack_bf16(z[0].x, z[0].y), pack_bf16(z[4].x, z[4].y));
                 }
-                const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
-                const float scale0 = __fdividef(1.0f, mass[0] + from0 * carried[0] + a.normalizer_eps),
-                            scale1 = __fdividef(1.0f, mass[2] + from1 * carried[2] + a.normalizer_eps);
+                const float scale0 = __fdividef(1.0f, mass[0] + a.normalizer_eps),
+                            scale1 = __fdividef(1.0f, mass[2] + a.normalizer_eps);
                 group_wait<0>();
-                group_hold(old);
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    y[j][0] += from0 * old[j][0];
-                    y[j][1] += from0 * old[j][1];
-                    y[j][2] += from1 * old[j][2];
-                    y[j][3] += from1 * old[j][3];
-                }
+                group_hold(y);
                 // Through the warp's own rows of a panel, so that a row of y is written in units of 16 bytes: the
                 // state's after the last head, q's before it.
                 const uint32_t panel = is_last ? state : q;
@@ -413,13 +355,13 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, ClusterShared &sh
                     x[t] = load_shared16(panel_unit(panel, first_row + 4 * t, lane % 8));
 #pragma unroll
                 for (int t = 0; t < 4; t++) {
-                    if (n + 4 * t >= w.begin && n + 4 * t < w.end)
+                    if (is_full || (n + 4 * t >= w.begin && n + 4 * t < w.end))
                         __stcs(reinterpret_cast<uint4 *>(to), x[t]);
                     to += 4 * a.y_stride;
                 }
                 if (!is_last) {
                     worker_sync(worker);
-                    load_queries(w, i + 1);
+                    load_queries(w, rows, i + 1);
                 }
             }
         }
@@ -466,9 +408,7 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
             store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
         __syncwarp();
         if (lane < kWorkers)
-            asm volatile(
-                "mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&shared.gates_full[lane][n_gated % 2]))
-                : "memory");
+            arrive(shared_address(&shared.gates_full[lane][n_gated % 2]));
         __syncwarp();
         n_gated++;
     };
@@ -488,143 +428,6 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
     }
 }
 
-// Two warps: rows 8 block ... of the running state; a thread has 8 columns of one row.
-__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
-                                               int n_clusters) {
-    const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
-    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
-    const uint32_t unit_offset = ((column / 8) ^ local) << 4;
-    const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
-    const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
-    auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
-    int stage = 0, parity = 0;
-    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0;
-         w = next_work(a, w.item + n_clusters, n_clusters)) {
-        const int64_t at = w.cache;
-        float *state = a.state + (at * 64 + row) * 64 + column;
-        float *carry = a.slots + (int64_t)w.pair * kCarryFloats;
-        double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
-        int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
-        float s[8], z;
-        double log_sum = 0.0;
-        auto take = [&](const float4 &x, const float4 &y) {
-            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
-            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
-        };
-        if (w.piece == 0) {
-            take(reinterpret_cast<const float4 *>(state)[0], reinterpret_cast<const float4 *>(state)[1]);
-            z = a.mass[at * 64 + row];
-            if (w.begin > 0) { // the tokens of the open tile before the span
-                const __nv_bfloat16 *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
-                const float *open_gate = a.open_gate + at * 64;
-                const double *open_c = a.open_c + at * 64;
-                log_sum = open_c[w.begin - 1];
-                const float carried = (float)exp(log_sum);
-#pragma unroll
-                for (int e = 0; e < 8; e++)
-                    s[e] *= carried;
-                z *= carried;
-                for (int m = 0; m < w.begin; m++) {
-                    const float k = (float)exp(log_sum - open_c[m]) * open_feature(open_k[m * 64], open_gate[m]);
-#pragma unroll
-                    for (int e = 0; e < 8; e++)
-                        s[e] += k * __bfloat162float(open_v[m * 64 + e]);
-                    z += k;
-                }
-                log_sum *= 1.4426950408889634;
-            }
-        } else {
-            if (thread == 0) {
-                while (*reinterpret_cast<const volatile int *>(pieces_done) < w.piece)
-                    __nanosleep(20);
-                __threadfence();
-            }
-            sync();
-            const float4 *from = reinterpret_cast<const float4 *>(carry + row * 64 + column);
-            take(__ldcg(from), __ldcg(from + 1));
-            z = __ldcg(carry + 64 * 64 + row);
-            if (is_clerk)
-                log_sum = __ldcg(carry_log);
-        }
-        const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
-        const int closing = open_tile > 0 ? open_tile : -1;
-        auto close = [&] {
-            reinterpret_cast<float4 *>(state)[0] = make_float4(s[0], s[1], s[2], s[3]);
-            reinterpret_cast<float4 *>(state)[1] = make_float4(s[4], s[5], s[6], s[7]);
-            if (column == 0)
-                a.mass[at * 64 + row] = z;
-            if (is_clerk && thread == 0)
-                a.decay_end[at] += log_sum * 0.6931471805599453;
-        };
-        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
-            const int n = min(kWaveTiles, w.end_tile - wave);
-            if (thread == 0)
-                expect_bytes(inbox_full + 8 * stage, n * 8 * kPanelRowBytes + kWaveTiles * (int)sizeof(TileSlice));
-            wait_phase(inbox_full + 8 * stage, parity);
-            const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
-            const TileSlice *slices = shared.inbox_slices[stage];
-            const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
-                           out_mass = shared_address(&shared.mass[0][stage][row]),
-                           full = shared_address(&shared.state_full[0][stage]);
-#pragma unroll 1
-            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
-                const uint32_t to_state = in_block(out_state, to_block), to_mass = in_block(out_mass, to_block),
-                               to_full = in_block(full, to_block);
-                uint4 own[kWorkers];
-                float own_z[kWorkers], decay[kWorkers], log_decay[kWorkers];
-#pragma unroll
-                for (int u = 0; u < kWorkers; u++) {
-                    const int t = to_block * kWorkers + u;
-                    own[u] = load_shared16(inbox + t * 8 * kPanelRowBytes);
-                    own_z[u] = slices[t].z[local];
-                    decay[u] = slices[t].decay;
-                    log_decay[u] = slices[t].log_decay;
-                }
-#pragma unroll
-                for (int u = 0; u < kWorkers; u++) {
-                    const int t = to_block * kWorkers + u;
-                    const uint32_t barrier = to_full + u * (uint32_t)sizeof(shared.state_full[0]);
-                    if (column == 0)
-                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), __float_as_uint(z), barrier);
-                    if (t < n) {
-                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
-                             pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
-                        if (wave + t == closing)
-                            close();
-                        s[0] = decay[u] * s[0] + low_of(own[u].x);
-                        s[1] = decay[u] * s[1] + high_of(own[u].x);
-                        s[2] = decay[u] * s[2] + low_of(own[u].y);
-                        s[3] = decay[u] * s[3] + high_of(own[u].y);
-                        s[4] = decay[u] * s[4] + low_of(own[u].z);
-                        s[5] = decay[u] * s[5] + high_of(own[u].z);
-                        s[6] = decay[u] * s[6] + low_of(own[u].w);
-                        s[7] = decay[u] * s[7] + high_of(own[u].w);
-                        z = decay[u] * z + own_z[u];
-                        if (is_clerk)
-                            log_sum += log_decay[u];
-                    }
-                }
-            }
-        }
-        if (w.end_tile * (int64_t)64 >= w.end) {
-            if (open_tile == w.end_tile)
-                close();
-        } else {
-            float4 *to = reinterpret_cast<float4 *>(carry + row * 64 + column);
-            __stcg(to, make_float4(s[0], s[1], s[2], s[3]));
-            __stcg(to + 1, make_float4(s[4], s[5], s[6], s[7]));
-            if (column == 0)
-                __stcg(carry + 64 * 64 + row, z);
-            if (is_clerk && thread == 0)
-                __stcg(carry_log, log_sum);
-            __threadfence();
-            sync();
-            if (thread == 0)
-                *reinterpret_cast<volatile int *>(pieces_done) = w.piece + 1;
-        }
-    }
-}
-
 // Launched in clusters of kClusterBlocks blocks.
 __global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(const __grid_constant__ DenseArgs a) {
 #if TS_HAS_WGMMA
@@ -634,16 +437,17 @@ __global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(co
               n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        auto begin = [](const uint64_t &barrier) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+        auto begin = [](const uint64_t &barrier, int n_arrivals) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)
+                         : "memory");
         };
-        begin(shared.inbox_full[0]);
-        begin(shared.inbox_full[1]);
+        begin(shared.inbox_full[0], 1 + kWorkers);
+        begin(shared.inbox_full[1], 1 + kWorkers);
         for (int i = 0; i < kWorkers; i++) {
-            begin(shared.state_full[i][0]);
-            begin(shared.state_full[i][1]);
-            begin(shared.gates_full[i][0]);
-            begin(shared.gates_full[i][1]);
+            begin(shared.state_full[i][0], 1);
+            begin(shared.state_full[i][1], 1);
+            begin(shared.gates_full[i][0], 1);
+            begin(shared.gates_full[i][1], 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

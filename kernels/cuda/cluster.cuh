@@ -24,6 +24,10 @@ __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
 }
 
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Lanes may see the phase end at different times; the warp goes on as one.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
     uint32_t done;

@@ -1,8 +1,9 @@
-# sanitize_cuda.sh TOOL PROGRAM TOKENS: the op cases of up to TOKENS tokens under compute-sanitizer's memcheck or racecheck, without a finding.
+# sanitize_cuda.sh TOOL PROGRAM TOKENS [sm_80]: the op cases of up to TOKENS tokens, in BF16 all or sm_80's alone, under compute-sanitizer's memcheck or racecheck, without a finding.
 set -euo pipefail
-tool=$1 program=$2 tokens=$3
+tool=$1 program=$2
+shift 2
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer) ||
   { echo "SKIP: no compute-sanitizer in PATH or /usr/local/cuda/bin"; exit 77; }
 code=0
-"$sanitizer" --tool "$tool" --error-exitcode 9 "$program" small "$tokens" || code=$?
+"$sanitizer" --tool "$tool" --error-exitcode 9 "$program" small "$@" || code=$?
 exit $code
