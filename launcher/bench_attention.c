@@ -1,4 +1,5 @@
-// The attention op of `tessera bench kernel`: prefill of one sequence in dense and in sparse form, and decode of many.
+// The attention op of `tessera bench kernel`: prefill of one sequence in dense and in sparse form, and decode of many,
+// and the step of it that closes tiles.
 #include "launcher/bench_kernel.h"
 #include "runtime/batch.h"
 #include "runtime/tile_cache.h"
@@ -170,6 +171,66 @@ done:
     return status;
 }
 
+// All but the last token of a tile of every sequence, then the step that completes it.
+static ts_status prepare_close(ts_kernel_bench *b, void *context) {
+    ts_status status = TS_OK;
+    attention_case *c = context;
+    const int32_t tokens[128] = {0}, n_before = 63; // attention does not look at them
+    for (int i = 0; i < 2; i++) {
+        ts_batch_buffer_clear(c->buffers[i], i == 1);
+        for (int32_t s = 0; s < b->shape.batch; s++)
+            TS_TRY(ts_batch_buffer_add(c->buffers[i], s, c->position, tokens, i == 0 ? n_before : 1));
+        TS_TRY(ts_batch_buffer_upload(c->buffers[i], &c->batches[i]));
+        c->position += i == 0 ? n_before : 1;
+    }
+    TS_TRY(run_attention(b, c, 0));
+done:
+    return status;
+}
+
+static ts_status run_close(ts_kernel_bench *b, void *context, int64_t i) {
+    return run_attention(b, context, 1);
+}
+
+// The step of decode at which every sequence completes a tile, in sparse form.
+static ts_status bench_attention_close(ts_kernel_bench *b) {
+    ts_status status = TS_OK;
+    const ts_bench_options *s = &b->shape;
+    const ts_tile_cache_shape shape = cache_shape(b, true);
+    const int64_t T = shape.tile_size, all = s->tokens / T;
+    const int64_t n_tiles = all < shape.sparsity.cache_tiles ? all : shape.sparsity.cache_tiles;
+    const int64_t n_tokens = (n_tiles + s->repeat + 8) * T;
+    const double n = (double)s->batch, H = (double)s->heads, KV = (double)s->kv_heads, d = (double)s->head_dim;
+    const double element = (double)ts_dtype_bytes(b->dtype);
+    attention_case c;
+    json_t *result;
+    int64_t before[2] = {0}, after[2] = {0};
+    char text[96];
+    TS_TRY(attention_case_create(b, s->batch * T, (int32_t)s->batch, 2, s->batch * T, &shape, n_tokens, 4.5f, &c));
+    for (int32_t q = 0; q < s->batch; q++)
+        TS_TRY(ts_tile_cache_open(c.cache, q, n_tokens));
+    for (int64_t i = 0; i < n_tiles; i++) {
+        if (i + 1 == n_tiles)
+            TS_TRY(ts_tile_cache_pairs(c.cache, 0, &before[0], &before[1]));
+        TS_TRY(prepare_close(b, &c));
+        TS_TRY(run_close(b, &c, 0));
+    }
+    TS_TRY(ts_tile_cache_pairs(c.cache, 0, &after[0], &after[1]));
+    // Of a KV head: the open tile, z of the tiles held and the states of those selected; a state is stored, S^ is too.
+    const double selected = (double)(after[1] - before[1]) / KV;
+    const double bytes =
+        n * KV * ((double)T * 2 * d * element + (double)n_tiles * d * 4 + (selected + 1) * d * d * element + d * d * 4);
+    const double flops = 2 * n * (KV * ((double)T + selected) * d * d + H * (d * d + (double)T * d));
+    const ts_kernel_call call = {.prepare = prepare_close, .run = run_close, .context = &c, .n_calls = 1};
+    snprintf(text, sizeof text, "%lld sequences, %lld of %lld heads of %lld, %lld tiles held, %.0f selected",
+             (long long)s->batch, (long long)s->kv_heads, (long long)s->heads, (long long)s->head_dim,
+             (long long)n_tiles, selected);
+    TS_TRY(ts_kernel_bench_time(b, "attention decode sparse, closing", text, bytes, flops, &call, &result));
+done:
+    attention_case_free(&c);
+    return status;
+}
+
 ts_status ts_bench_attention(ts_kernel_bench *b) {
     ts_status status = TS_OK;
     TS_TRY(bench_attention_prefill(b, false));
@@ -177,6 +238,8 @@ ts_status ts_bench_attention(ts_kernel_bench *b) {
     TS_TRY(bench_attention_prefill(b, true));
     ts_kernel_bench_release(b);
     TS_TRY(bench_attention_decode(b));
+    ts_kernel_bench_release(b);
+    TS_TRY(bench_attention_close(b));
 done:
     return status;
 }

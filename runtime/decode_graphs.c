@@ -7,6 +7,7 @@ enum { MAX_GRAPHS = 16, STEPS_BEFORE = 3 };
 typedef struct recorded {
     ts_device_graph *graph;
     int64_t n_rows, last_used, sampler_moves;
+    bool closes; // tiles, in sparse form
     ts_tensor logits;
 } recorded;
 
@@ -56,11 +57,15 @@ static int64_t sampler_moves(const ts_decode_graphs *graphs) {
     return graphs->sampler ? ts_device_sampler_moves(graphs->sampler) : 0;
 }
 
+static bool holds(const recorded *place, int64_t n_rows, bool closes) {
+    return place->graph && place->n_rows == n_rows && place->closes == closes;
+}
+
 // The place of the graph for this many rows, or the one that was used least lately.
-static recorded *place_of(ts_decode_graphs *graphs, int64_t n_rows) {
+static recorded *place_of(ts_decode_graphs *graphs, int64_t n_rows, bool closes) {
     recorded *oldest = &graphs->graphs[0];
     for (int i = 0; i < MAX_GRAPHS; i++) {
-        if (graphs->graphs[i].graph && graphs->graphs[i].n_rows == n_rows)
+        if (holds(&graphs->graphs[i], n_rows, closes))
             return &graphs->graphs[i];
         if (graphs->graphs[i].last_used < oldest->last_used)
             oldest = &graphs->graphs[i];
@@ -68,10 +73,10 @@ static recorded *place_of(ts_decode_graphs *graphs, int64_t n_rows) {
     return oldest;
 }
 
-static ts_status record(ts_decode_graphs *graphs, const ts_batch *batch, recorded *place) {
+static ts_status record(ts_decode_graphs *graphs, const ts_batch *batch, bool closes, recorded *place) {
     ts_status status = TS_OK;
     ts_device_graph_free(graphs->device, place->graph);
-    *place = (recorded){.n_rows = batch->n_rows, .sampler_moves = sampler_moves(graphs)};
+    *place = (recorded){.n_rows = batch->n_rows, .closes = closes, .sampler_moves = sampler_moves(graphs)};
     TS_TRY(ts_device_capture_begin(graphs->device));
     const ts_status recorded_status = step(graphs, batch, &place->logits);
     const ts_status ended = ts_device_capture_end(graphs->device, &place->graph);
@@ -87,19 +92,20 @@ ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, const ts_batch *batch, 
     graphs->n_steps++;
     graphs->n_alike = batch->n_rows == graphs->n_rows ? graphs->n_alike + 1 : 1;
     graphs->n_rows = batch->n_rows;
-    if (!graphs->is_possible || (config->is_sparse && ts_batch_tiles_completed(batch, config->tile_size) > 0)) {
+    const bool closes = config->is_sparse && ts_batch_tiles_completed(batch, config->tile_size) > 0;
+    if (!graphs->is_possible || (closes && config->sparsity.prune_ratio > 0)) {
         TS_TRY(step(graphs, batch, logits));
         goto done;
     }
-    recorded *place = place_of(graphs, batch->n_rows);
-    const bool is_there = place->graph && place->n_rows == batch->n_rows;
+    recorded *place = place_of(graphs, batch->n_rows, closes);
+    const bool is_there = holds(place, batch->n_rows, closes);
     if (!is_there && graphs->n_alike <= STEPS_BEFORE) {
         TS_TRY(step(graphs, batch, logits));
         goto done;
     }
     if (!is_there || place->sampler_moves != sampler_moves(graphs) ||
         !ts_device_graph_is_current(graphs->device, place->graph))
-        TS_TRY(record(graphs, batch, place));
+        TS_TRY(record(graphs, batch, closes, place));
     place->last_used = graphs->n_steps;
     TS_TRY(ts_device_graph_launch(graphs->device, place->graph));
     *logits = place->logits;

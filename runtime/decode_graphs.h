@@ -8,7 +8,8 @@
 //     ts_decode_graphs_free(graphs);
 //
 // A step runs op by op where the device records no graphs, where ranks share the model (their sums go through the
-// host), and where a tile completes in sparse form, whose kernels depend on how many do.
+// host), and where a tile completes under rule 1, whose kernels depend on how many do. In sparse form the steps in
+// which a tile completes have a graph of their own, so that the others need not launch what closes tiles.
 #ifndef TS_DECODE_GRAPHS_H
 #define TS_DECODE_GRAPHS_H
 

@@ -5,8 +5,8 @@
 // outputs; (5) store: the cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in
 // dense form, the recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
-// Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form passes
-// 1, 2, 3 and 5 close those.
+// Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form a second
+// kernel closes those.
 #include "kernels/cuda/attention.h"
 
 // Lists of one wave of selection (tile_select.cu): a prefill of any length takes no more, beyond one group's lists.
@@ -23,7 +23,7 @@ static void *carve(char **at, size_t n_bytes) {
 static size_t place(ts_cuda_attention *a, char *memory) {
     const size_t n_kv = (size_t)a->cache.n_kv_heads, d = (size_t)a->cache.head_dim;
     const size_t n_pieces = (size_t)a->pieces.n_pieces, n_closed = (size_t)a->pieces.n_closed * n_kv;
-    const size_t n_rows = a->is_appended ? 0 : (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
+    const size_t n_rows = (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
     const bool is_sparse = a->cache.is_sparse, is_rounded = is_sparse && a->cache.slot_dtype == TS_FP8_E4M3;
     const size_t n_slots = is_sparse ? n_spans * (size_t)a->held_stride : 0;
     const size_t n_held_ranges = is_sparse ? n_spans * (size_t)a->held_ranges_stride : 0;
@@ -99,15 +99,13 @@ static bool next_wave(const ts_batch *batch, wave_place *next, ts_cuda_attention
 }
 
 // Finds out the pieces of the batch and gives them and the passes their memory.
-static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_closing, ts_cuda_attention *a) {
+static ts_status prepare(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
     ts_status status = TS_OK;
     const int64_t T = a->cache.tile_size;
     int64_t most_lead = 0;
     wave_place next = {0, 0};
     void *scratch;
-    ts_cuda_pieces_count(batch, (int32_t)T, only_closing, &a->pieces);
-    if (a->pieces.n_pieces == 0)
-        goto done;
+    ts_cuda_pieces_count(batch, (int32_t)T, &a->pieces);
     for (int32_t s = 0; s < batch->n_spans; s++) {
         const int64_t before = batch->spans[s].position / T;
         const int64_t events = ts_span_tiles_completed(&batch->spans[s], (int32_t)T);
@@ -125,8 +123,7 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, bool only_clo
     const size_t pieces_bytes = ts_cuda_pieces_bytes(&a->pieces);
     TS_TRY(ts_cuda_device_scratch(device, pieces_bytes + place(a, NULL), &scratch));
     place(a, (char *)scratch + pieces_bytes);
-    TS_TRY(
-        ts_cuda_pieces_make(ts_cuda_device_of(device)->stream, batch, (int32_t)T, only_closing, scratch, &a->pieces));
+    TS_TRY(ts_cuda_pieces_make(ts_cuda_device_of(device)->stream, batch, (int32_t)T, scratch, &a->pieces));
 done:
     return status;
 }
@@ -143,10 +140,12 @@ done:
     return status;
 }
 
-// What tiles that complete lead to: rules, selection in waves, storage; outputs between, where the batch has any.
-static ts_status close_tiles(cudaStream_t stream, const ts_batch *batch, ts_cuda_attention *a) {
+static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
     ts_status status = TS_OK;
+    cudaStream_t stream = ts_cuda_device_of(device)->stream;
     wave_place next = {0, 0};
+    TS_TRY(prepare(device, batch, a));
+    TS_TRY(ts_cuda_attention_tiles(stream, a));
     TS_TRY(ts_cuda_tile_rules(stream, a));
     if (a->cache.is_sparse) {
         TS_TRY(ts_cuda_tile_round(stream, a));
@@ -155,19 +154,8 @@ static ts_status close_tiles(cudaStream_t stream, const ts_batch *batch, ts_cuda
             TS_TRY(ts_cuda_tile_select(stream, a));
     } else
         TS_TRY(ts_cuda_tile_select(stream, a));
-    if (!a->is_appended)
-        TS_TRY(ts_cuda_attention_outputs(stream, a));
+    TS_TRY(ts_cuda_attention_outputs(stream, a));
     TS_TRY(ts_cuda_tile_store(stream, a));
-done:
-    return status;
-}
-
-static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda_attention *a) {
-    ts_status status = TS_OK;
-    cudaStream_t stream = ts_cuda_device_of(device)->stream;
-    TS_TRY(prepare(device, batch, false, a));
-    TS_TRY(ts_cuda_attention_tiles(stream, a));
-    TS_TRY(close_tiles(stream, batch, a));
 done:
     return status;
 }
@@ -177,14 +165,8 @@ static ts_status decode(ts_device *device, const ts_batch *batch, ts_cuda_attent
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     a->pieces.n_spans = batch->n_spans;
     TS_TRY(ts_cuda_attention_decode(stream, a));
-    if (!a->cache.is_sparse)
-        goto done; // the same kernel has closed what was to close
-    a->is_appended = true;
-    TS_TRY(prepare(device, batch, true, a));
-    if (a->pieces.n_pieces == 0)
-        goto done;
-    TS_TRY(ts_cuda_attention_tiles(stream, a));
-    TS_TRY(close_tiles(stream, batch, a));
+    if (a->cache.is_sparse && ts_batch_tiles_completed(batch, a->cache.tile_size) > 0)
+        TS_TRY(ts_cuda_attention_close(stream, a));
 done:
     return status;
 }

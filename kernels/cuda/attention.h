@@ -31,7 +31,6 @@ typedef struct ts_cuda_attention {
     ts_tensor qkvg, y;
     double decay_temperature;
     float normalizer_eps;
-    bool is_appended; // the tokens stand in the open tile and in query_sum already (decode)
 
     double *c;                  // [KV, n_rows] eq. (5)
     float *gate;                // [KV, n_rows] eq. (2)
@@ -78,8 +77,10 @@ ts_status ts_cuda_tile_select(cudaStream_t stream, const ts_cuda_attention *a);
 ts_status ts_cuda_attention_outputs(cudaStream_t stream, const ts_cuda_attention *a);
 // Stores the tiles that are still held, and what the spans leave in the cache: open tile, S^, E.
 ts_status ts_cuda_tile_store(cudaStream_t stream, const ts_cuda_attention *a);
-// Appends one token a span and gives its output; closes no tile.
+// Appends one token a span and gives its output; in dense form closes the tiles that this completes.
 ts_status ts_cuda_attention_decode(cudaStream_t stream, const ts_cuda_attention *a);
+// Closes those in sparse form. The launch depends on the number of spans alone.
+ts_status ts_cuda_attention_close(cudaStream_t stream, const ts_cuda_attention *a);
 
 #ifdef __cplusplus
 }

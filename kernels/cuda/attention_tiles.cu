@@ -1,15 +1,14 @@
 // First pass of prefill, one block a piece and KV head: what depends on the piece's own tokens alone. Decay is summed
 // in f64; the state of a tile that completes is a [d, T] by [T, d] product accumulated in f32, of BF16 operands where
 // the activations are BF16. z is summed from k^ before that rounding.
-#include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/warp_matrix.cuh"
+#include "kernels/cuda/tile_state.cuh"
 
 #include <type_traits>
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = 64; // keys staged in shared memory at a time
+using ts::kChunk, ts::kThreads;
+
 constexpr int kMaxTile = 128;
 
 // Inclusive sums over kMaxTile threads; the rest pass through.
@@ -27,103 +26,6 @@ __device__ double scan_tile(double x, double *totals) {
     for (int i = 0; i < warp && warp < kMaxTile / 32; i++)
         x += totals[i];
     return x;
-}
-
-// S = sum over keys of reach k^ v^T, both staged as f32; adds the keys that this thread stages to *mass.
-template <typename A, typename S, int D>
-__device__ void plain_state(const ts::tile_keys<A, D> &tile, int T, const float *reach_of, float *keys, S *state,
-                            float4 *mass) {
-    float *values = keys + kChunk * D; // [kChunk, D] each
-    const int tid = threadIdx.x;
-    constexpr int R = D / 64; // a thread's 4 x 4 blocks lie 64 rows and columns apart
-    const int ty = tid / 16 * 4, tx = tid % 16 * 4;
-    float acc[R][R][4][4] = {};
-    for (int m0 = 0; m0 < T; m0 += kChunk) {
-        __syncthreads();
-        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
-            const int m = i / (D / 4), e = i % (D / 4) * 4;
-            const float reach = reach_of[m0 + m];
-            float4 k = tile.key(m0 + m, e);
-            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
-            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
-            ts::store4(keys + m * D + e, k);
-            ts::store4(values + m * D + e, tile.value(m0 + m, e));
-        }
-        __syncthreads();
-        for (int m = 0; m < kChunk; m++) {
-            float4 k[R], v[R];
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                k[r] = ts::load4(keys + m * D + r * 64 + ty);
-                v[r] = ts::load4(values + m * D + r * 64 + tx);
-            }
-#pragma unroll
-            for (int r = 0; r < R; r++)
-#pragma unroll
-                for (int q = 0; q < R; q++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float x = i == 0 ? k[r].x : i == 1 ? k[r].y : i == 2 ? k[r].z : k[r].w;
-                        acc[r][q][i][0] += x * v[q].x;
-                        acc[r][q][i][1] += x * v[q].y;
-                        acc[r][q][i][2] += x * v[q].z;
-                        acc[r][q][i][3] += x * v[q].w;
-                    }
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int q = 0; q < R; q++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                ts::store4(state + (r * 64 + ty + i) * D + q * 64 + tx,
-                           make_float4(acc[r][q][i][0], acc[r][q][i][1], acc[r][q][i][2], acc[r][q][i][3]));
-}
-
-// The same through the matrix units: a warp computes 16 rows of S and D / kSplit of its columns.
-template <typename S, int D>
-__device__ void matrix_state(const ts::tile_keys<ts::bf16, D> &tile, int T, const float *reach_of, ts::bf16 *keys,
-                             S *state, float4 *mass) {
-    constexpr int L = D + 8, kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
-    ts::bf16 *values = keys + kChunk * L;
-    const int tid = threadIdx.x, lane = tid % 32, row = tid / 32 % (D / 16) * 16,
-              column = tid / 32 / (D / 16) * kColumns;
-    float acc[kColumns / 8][4] = {};
-    for (int m0 = 0; m0 < T; m0 += kChunk) {
-        __syncthreads();
-#pragma unroll 4
-        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
-            const int m = i / (D / 4), e = i % (D / 4) * 4;
-            const float reach = reach_of[m0 + m];
-            float4 k = tile.key(m0 + m, e);
-            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
-            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
-            ts::store4(keys + m * L + e, k);
-            ts::store4(values + m * L + e, tile.value(m0 + m, e));
-        }
-        __syncthreads();
-#pragma unroll
-        for (int m = 0; m < kChunk; m += 16) {
-            uint32_t k[4];
-            ts::load_a_transposed(k, keys, L, row, m);
-#pragma unroll
-            for (int n = 0; n < kColumns / 16; n++) {
-                uint32_t v[4];
-                ts::load_b(v, values, L, m, column + 16 * n);
-                ts::multiply_add(acc[2 * n], k, v[0], v[1]);
-                ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
-            }
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; n++) {
-        S *out = state + (row + lane / 4) * D + column + 8 * n + lane % 4 * 2;
-        ts::store(out, acc[n][0]);
-        ts::store(out + 1, acc[n][1]);
-        ts::store(out + 8 * D, acc[n][2]);
-        ts::store(out + 8 * D + 1, acc[n][3]);
-    }
 }
 
 // A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
@@ -252,60 +154,55 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
         }
     const float mean = closes ? 1.0f / (float)(T * group) : 1.0f;
     float *query_sum = a.query_sums + ((int64_t)blockIdx.x * n_kv + j) * D;
-
-    if (a.is_appended) {
-        if (tid < D)
-            query_sum[tid] = mean * a.cache.query_sum[head * D + tid];
-    } else {
-        const bool mine = tid < piece.n_tokens;
-        double decay = 0;
-        if (mine) {
-            const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + tid);
-            decay = ts::log_decay(row.decay_gate + j, a.decay_temperature);
-            gate_of[tid] = ts::key_gate(row.key_gate + j);
-        }
-        double c = scan_tile(decay, totals);
-        if (mine) {
-            if (piece.first > 0)
-                c += a.cache.open_c[open + piece.first - 1];
-            c_of[tid] = c;
-            a.c[j * a.n_rows + piece.row + tid] = c;
-            a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
-        }
-        constexpr int kVectors = D / 4, kShares = kThreads / kVectors;
-        float4 sum = make_float4(0, 0, 0, 0);
-        for (int i = tid / kVectors; i < piece.n_tokens; i += kShares) {
-            const A *q = ts::row_of<A, D>(a, piece.row + i).q + j * group * D + tid % kVectors * 4;
-            for (int h = 0; h < group; h++) {
-                const float4 x = ts::load4(q + h * D);
-                sum.x += ts::elu1(x.x), sum.y += ts::elu1(x.y), sum.z += ts::elu1(x.z), sum.w += ts::elu1(x.w);
-            }
-        }
-        stage[tid] = sum;
-        __syncthreads();
-        if (tid < D) {
-            float all = 0;
-            for (int share = 0; share < kShares; share++)
-                all += ((const float *)stage)[share * D + tid];
-            if (piece.first > 0)
-                all += a.cache.query_sum[head * D + tid];
-            query_sum[tid] = mean * all;
-        }
-        if (piece.first > 0) {
-            for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
-                const int m = i / D, e = i % D;
-                const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + m);
-                const int64_t to = (open + piece.first + m) * D + e;
-                ((A *)a.cache.open_k)[to] = ts::open_key(row.k + j * D + e, gate_of[m]);
-                ((A *)a.cache.open_v)[to] = row.v[j * D + e];
-            }
-            if (mine && sizeof(A) < 4)
-                a.cache.open_gate[open + piece.first + tid] = gate_of[tid];
-            if (mine)
-                a.cache.open_c[open + piece.first + tid] = c_of[tid];
-        }
-        __syncthreads();
+    const bool mine = tid < piece.n_tokens;
+    double decay = 0;
+    if (mine) {
+        const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + tid);
+        decay = ts::log_decay(row.decay_gate + j, a.decay_temperature);
+        gate_of[tid] = ts::key_gate(row.key_gate + j);
     }
+    double c = scan_tile(decay, totals);
+    if (mine) {
+        if (piece.first > 0)
+            c += a.cache.open_c[open + piece.first - 1];
+        c_of[tid] = c;
+        a.c[j * a.n_rows + piece.row + tid] = c;
+        a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
+    }
+    constexpr int kVectors = D / 4, kShares = kThreads / kVectors;
+    float4 queries = make_float4(0, 0, 0, 0);
+    for (int i = tid / kVectors; i < piece.n_tokens; i += kShares) {
+        const A *q = ts::row_of<A, D>(a, piece.row + i).q + j * group * D + tid % kVectors * 4;
+        for (int h = 0; h < group; h++) {
+            const float4 x = ts::load4(q + h * D);
+            queries.x += ts::elu1(x.x), queries.y += ts::elu1(x.y), queries.z += ts::elu1(x.z),
+                queries.w += ts::elu1(x.w);
+        }
+    }
+    stage[tid] = queries;
+    __syncthreads();
+    if (tid < D) {
+        float all = 0;
+        for (int share = 0; share < kShares; share++)
+            all += ((const float *)stage)[share * D + tid];
+        if (piece.first > 0)
+            all += a.cache.query_sum[head * D + tid];
+        query_sum[tid] = mean * all;
+    }
+    if (piece.first > 0) {
+        for (int i = tid; i < piece.n_tokens * D; i += kThreads) {
+            const int m = i / D, e = i % D;
+            const ts::token_row<A> row = ts::row_of<A, D>(a, piece.row + m);
+            const int64_t to = (open + piece.first + m) * D + e;
+            ((A *)a.cache.open_k)[to] = ts::open_key(row.k + j * D + e, gate_of[m]);
+            ((A *)a.cache.open_v)[to] = row.v[j * D + e];
+        }
+        if (mine && sizeof(A) < 4)
+            a.cache.open_gate[open + piece.first + tid] = gate_of[tid];
+        if (mine)
+            a.cache.open_c[open + piece.first + tid] = c_of[tid];
+    }
+    __syncthreads();
     if (!closes)
         return;
 
@@ -317,22 +214,13 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     S *state = (S *)a.tile_states + at * D * D;
     float4 mass4 = make_float4(0, 0, 0, 0);
     if constexpr (kMatrix)
-        matrix_state<S, D>(tile, T, reach_of, (ts::bf16 *)stage, state, &mass4);
+        ts::matrix_state<S, D>(tile, T, reach_of, (ts::bf16 *)stage, state, &mass4);
     else
-        plain_state<A, S, D>(tile, T, reach_of, (float *)stage, state, &mass4);
-    // A thread has staged columns 4 (tid % (D / 4)) + {0 .. 3} of every kThreads / (D / 4)-th key.
-    __syncthreads();
-    constexpr int kShares = kThreads / (D / 4);
-    float4 *shares = stage;
-    shares[tid] = mass4;
-    __syncthreads();
-    double mass = 0;
+        ts::plain_state<A, S, D>(tile, T, reach_of, (float *)stage, state, &mass4);
+    const float mass = ts::tile_mass<D>(mass4, stage);
     if (tid < D)
-        for (int i = 0; i < kShares; i++)
-            mass += (double)((const float *)shares)[i * D + tid];
-    if (tid < D)
-        a.tile_masses[at * D + tid] = (float)mass;
-    const double sum = ts::block_sum(tid < D ? (double)(float)mass : 0.0, totals);
+        a.tile_masses[at * D + tid] = mass;
+    const double sum = ts::block_sum(tid < D ? (double)mass : 0.0, totals);
     if (tid == 0) {
         a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
         a.tile_decays[j * a.pieces.n_closed + piece.closed] = c_last;
@@ -341,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
     using W = typename ts::raw_state<A, S>::type;
-    const int of_f32 = 2 * kChunk * D * (int)sizeof(float);
+    const int of_f32 = ts::kStateStage<float, D>;
     const int of_bf16 = 2 * kChunk * (D + 8) * (int)sizeof(ts::bf16) + 2 * kThreads * 8 * (int)sizeof(float);
     const int bytes = std::is_same<A, float>::value ? of_f32 : of_bf16;
     (void)cudaFuncSetAttribute(tiles_kernel<A, W, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -4,9 +4,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__host__ __device__ int64_t pieces_of(const ts_span &span, int64_t T, bool only_closing) {
-    if (only_closing)
-        return (span.position + span.n_tokens) % T == 0;
+__host__ __device__ int64_t pieces_of(const ts_span &span, int64_t T) {
     return (span.position + span.n_tokens + T - 1) / T - span.position / T;
 }
 
@@ -40,12 +38,12 @@ __device__ int64_t scan_block(int64_t x, int64_t *totals, int64_t *sum) {
     return before + inclusive - x;
 }
 
-__global__ void pieces_kernel(const ts_span *spans, int T, bool only_closing, ts_cuda_pieces out) {
+__global__ void pieces_kernel(const ts_span *spans, int T, ts_cuda_pieces out) {
     __shared__ int64_t totals[kThreads / 32];
     int64_t pieces = 0, closed = 0, groups = 0;
     for (int32_t s0 = 0; s0 <= out.n_spans; s0 += kThreads) { // one more than there are: the ends
         const int32_t s = s0 + (int32_t)threadIdx.x;
-        const int64_t n = s < out.n_spans ? pieces_of(spans[s], T, only_closing) : 0;
+        const int64_t n = s < out.n_spans ? pieces_of(spans[s], T) : 0;
         const int64_t n_closed = s < out.n_spans ? closed_of(spans[s], T) : 0;
         int64_t sums[3];
         const int64_t before[3] = {scan_block(n, totals, &sums[0]), scan_block(n_closed, totals, &sums[1]),
@@ -96,11 +94,11 @@ size_t aligned(size_t n_bytes) {
 
 } // namespace
 
-void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, bool only_closing, ts_cuda_pieces *out) {
+void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_pieces *out) {
     memset(out, 0, sizeof *out);
     out->n_spans = batch->n_spans;
     for (int32_t s = 0; s < batch->n_spans; s++) {
-        out->n_pieces += pieces_of(batch->spans[s], tile_size, only_closing);
+        out->n_pieces += pieces_of(batch->spans[s], tile_size);
         const int64_t n_closed = closed_of(batch->spans[s], tile_size);
         out->n_closed += n_closed;
         out->n_groups += groups_of(n_closed);
@@ -113,8 +111,8 @@ size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces) {
            aligned((size_t)pieces->n_closed * sizeof(int64_t));
 }
 
-ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, bool only_closing,
-                              void *memory, ts_cuda_pieces *pieces) {
+ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, void *memory,
+                              ts_cuda_pieces *pieces) {
     char *at = (char *)memory;
     pieces->at = (ts_cuda_piece *)at;
     at += aligned((size_t)pieces->n_pieces * sizeof(ts_cuda_piece));
@@ -125,6 +123,6 @@ ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_
     pieces->group_begin = (int64_t *)at;
     at += aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t));
     pieces->closed_pieces = (int64_t *)at;
-    pieces_kernel<<<1, kThreads, 0, stream>>>(batch->device_spans, tile_size, only_closing, *pieces);
+    pieces_kernel<<<1, kThreads, 0, stream>>>(batch->device_spans, tile_size, *pieces);
     return ts_cuda_status(cudaGetLastError(), "pieces of a batch");
 }

@@ -31,15 +31,14 @@ typedef struct ts_cuda_pieces {
     int64_t *group_begin;   // [n_spans + 1] completed tiles of a span in groups of up to TS_CUDA_GROUP: first group
 } ts_cuda_pieces;
 
-// Counts the pieces of a batch, on the host. only_closing: of spans whose last token completes a tile, that token
-// alone (for decode).
-void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, bool only_closing, ts_cuda_pieces *out);
+// Counts the pieces of a batch, on the host.
+void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_pieces *out);
 
 size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces);
 
 // Places the arrays in `memory` (ts_cuda_pieces_bytes, aligned to 256 bytes) and enqueues the kernel that fills them.
-ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, bool only_closing,
-                              void *memory, ts_cuda_pieces *pieces);
+ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, void *memory,
+                              ts_cuda_pieces *pieces);
 
 #ifdef __cplusplus
 }

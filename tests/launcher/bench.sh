@@ -26,11 +26,11 @@ positive seconds tokens_per_second
 
 tiny="--device cpu --repeat 2 --tokens 256 --batch 3 --hidden 64 --heads 2 --kv-heads 1 --vocabulary 100"
 done_by 1 bench kernel $tiny --json >out
-positive kernels.{0..17}.seconds kernels.{0..17}.bytes kernels.{0..17}.share_of_copy
-tr -d '\n' <out | "$json_get" kernels.{0..17}.op >values
+positive kernels.{0..18}.seconds kernels.{0..18}.bytes kernels.{0..18}.share_of_copy
+tr -d '\n' <out | "$json_get" kernels.{0..18}.op >values
 [ "$(cat values)" = "$(printf '"%s"\t' copy embed rms_norm 'linear qkvg' 'linear o' 'linear up' 'linear down' \
   'linear qkvg' 'linear o' 'linear up' 'linear down' 'linear head' swiglu gather_rows 'attention prefill dense' \
-  'attention prefill sparse' 'attention decode')\"cross_entropy\"" ] || fail "bench kernel: $(cat values)"
+  'attention prefill sparse' 'attention decode' 'attention decode sparse, closing')\"cross_entropy\"" ] || fail "bench kernel: $(cat values)"
 tr -d '\n' <out | "$json_get" kernels.15.pairs_selected | grep -q '^[01]\.' || fail "no share of selected pairs"
 done_by 1 bench kernel $tiny --op rms_norm >table
 grep -q '^rms_norm .*\[256, 64\]' table && ! grep -q '^swiglu' table || fail "bench kernel --op: $(cat table)"
