@@ -127,6 +127,23 @@ template <typename A, int D> struct tile_keys {
     }
 };
 
+// This thread's rank among those of the block with `mine`, and their number.
+template <int kWarps> __device__ __forceinline__ int rank_in_block(bool mine, int *counts, int *total) {
+    const unsigned votes = __ballot_sync(~0u, mine);
+    const int warp = threadIdx.x / 32;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0)
+        counts[warp] = __popc(votes);
+    __syncthreads();
+    int before = __popc(votes & ((1u << (threadIdx.x % 32)) - 1)), sum = 0;
+    for (int i = 0; i < kWarps; i++) {
+        before += i < warp ? counts[i] : 0;
+        sum += counts[i];
+    }
+    *total = sum;
+    return before;
+}
+
 // What the open tile keeps of a key: k^ in F32, the projection itself in BF16, with its gate beside it (ops.h).
 __device__ __forceinline__ float open_key(const float *k, float gate) {
     return gate * elu1(*k);

@@ -212,23 +212,6 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
     }
 }
 
-// This thread's rank among those of the block with `mine`, and their number.
-__device__ int rank_in_block(bool mine, int *counts, int *total) {
-    const unsigned votes = __ballot_sync(~0u, mine);
-    const int warp = threadIdx.x / 32;
-    __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        counts[warp] = __popc(votes);
-    __syncthreads();
-    int before = __popc(votes & ((1u << (threadIdx.x % 32)) - 1)), sum = 0;
-    for (int i = 0; i < kThreads / 32; i++) {
-        before += i < warp ? counts[i] : 0;
-        sum += counts[i];
-    }
-    *total = sum;
-    return before;
-}
-
 // Slots of the tiles that stay: first those that dropped tiles leave, then new ones. A sequence never holds fewer tiles
 // than before, so no hole remains.
 __global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
@@ -245,7 +228,7 @@ __global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
         const int i = i0 + (int)threadIdx.x;
         const bool dies = i < n_held && a.held_deaths[held_at + i] != INT_MAX;
         int total;
-        const int rank = rank_in_block(dies, counts, &total);
+        const int rank = ts::rank_in_block<kThreads / 32>(dies, counts, &total);
         if (dies)
             a.holes[held_at + n_holes + rank] = i;
         n_holes += total;
@@ -255,7 +238,7 @@ __global__ void slots_kernel(const __grid_constant__ ts_cuda_attention a) {
         const int64_t i = i0 + threadIdx.x, at = j * a.pieces.n_closed + begin + i;
         const bool stays = i < n && a.tile_deaths[at] == INT_MAX;
         int total;
-        const int rank = n_stored + rank_in_block(stays, counts, &total);
+        const int rank = n_stored + ts::rank_in_block<kThreads / 32>(stays, counts, &total);
         if (i < n)
             a.tile_slots[at] = !stays ? -1 : rank < n_holes ? a.holes[held_at + rank] : n_held + rank - n_holes;
         n_stored += total;

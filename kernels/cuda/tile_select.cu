@@ -52,23 +52,6 @@ __device__ event_group group_of(const ts_cuda_attention &a, int64_t group, int j
     return out;
 }
 
-// This thread's rank among those of the block with `mine`, and their number.
-__device__ int rank_in_block(bool mine, int *counts, int *total) {
-    const unsigned votes = __ballot_sync(~0u, mine);
-    const int warp = threadIdx.x / 32;
-    __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        counts[warp] = __popc(votes);
-    __syncthreads();
-    int before = __popc(votes & ((1u << (threadIdx.x % 32)) - 1)), sum = 0;
-    for (int i = 0; i < kWarps; i++) {
-        before += i < warp ? counts[i] : 0;
-        sum += counts[i];
-    }
-    *total = sum;
-    return before;
-}
-
 // Eight elements of a state from `index` on, to shared memory as BF16: on their way, or there, when it returns.
 template <typename S, int D>
 __device__ __forceinline__ void fetch8(ts::bf16 *to, const void *states, const float *scales, int64_t at, int index) {
@@ -268,10 +251,10 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
             counts_whole = is_whole && !needed && !(bounds.largest_key < lowest_counted);
         }
         int n, n_whole;
-        const int rank = rank_in_block(needed, counts, &n);
+        const int rank = ts::rank_in_block<kThreads / 32>(needed, counts, &n);
         if (needed)
             ranges[rank] = range;
-        const int rank_whole = rank_in_block(counts_whole, counts, &n_whole);
+        const int rank_whole = ts::rank_in_block<kThreads / 32>(counts_whole, counts, &n_whole);
         if (counts_whole)
             sums_only[rank_whole] = range;
         __syncthreads();
@@ -324,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         __syncthreads();
         const bool listed = reaches[place] || reaches[place + kAtOnce];
         int n;
-        const int rank = rank_in_block(listed && half == 0, counts, &n);
+        const int rank = ts::rank_in_block<kThreads / 32>(listed && half == 0, counts, &n);
         if (half == 0)
             ranks[place] = n_listed + rank;
         __syncthreads();
