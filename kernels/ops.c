@@ -59,8 +59,8 @@ ts_status ts_op_linear(ts_device *device, const ts_linear_args *args) {
              "linear: x [%lld, %lld], w [%lld, %lld], y [%lld, %lld] do not fit x [M, K] w [N, K] y [M, N]",
              (long long)args->x.rows, (long long)args->x.cols, (long long)args->w.rows, (long long)args->w.cols,
              (long long)args->y.rows, (long long)args->y.cols);
-    TS_NEED(!args->bias || (args->bias->dtype == TS_F32 && args->bias->cols == args->w.rows), "linear",
-            "bias must be [1, N] F32");
+    TS_NEED(!args->bias || (args->bias->dtype == args->y.dtype && args->bias->cols == args->w.rows), "linear",
+            "bias must be [1, N] of y's dtype");
     TS_DISPATCH(linear);
 done:
     return status;
@@ -115,6 +115,8 @@ ts_status ts_op_attention(ts_device *device, const ts_attention_args *args) {
                 args->qkvg.rows == args->batch->n_rows && args->y.rows == args->batch->n_rows,
             "attention", "qkvg must be [M, (H + 2 KV) d + 2 KV] and y [M, H d]");
     TS_NEED(cache->open_dtype == args->qkvg.dtype, "attention", "the cache's open tiles must be of qkvg's dtype");
+    TS_NEED(cache->is_sparse || cache->open_dtype == TS_F32 || cache->state_rest, "attention",
+            "a dense cache in BF16 must have the rest of S^");
     TS_NEED(batch_covers_rows(args->batch), "attention", "the spans must cover the batch's rows in order");
     TS_DISPATCH(attention);
 done:

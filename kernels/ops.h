@@ -41,9 +41,9 @@ typedef struct ts_batch {
 // Per sequence s and KV head j, at index (s * n_kv_heads + j):
 typedef struct ts_tile_cache_layer {
     int32_t n_heads, n_kv_heads, head_dim, tile_size;
-    // The open tile, first position % T rows valid, of open_dtype. F32: open_k is k^. BF16: it is W_k h, which BF16
-    // holds exactly, and k^ = open_gate phi(open_k) is formed where it is read; rounding k^ would move z and what rules
-    // 2 and 3 decide by it.
+    // What every token reads is of open_dtype, as the activations are: the open tile, first position % T rows valid, and
+    // S^. F32: open_k is k^. BF16: it is W_k h, which BF16 holds exactly, and k^ = open_gate phi(open_k) is formed where
+    // it is read; rounding k^ would move z and what rules 2 and 3 decide by it.
     ts_dtype open_dtype;
     void *open_k;      // [T, d]
     void *open_v;      // [T, d]
@@ -51,7 +51,10 @@ typedef struct ts_tile_cache_layer {
     double *open_c;    // [T] eq. (5)
     float *query_sum;  // [d] sum of q^ over the open tile and the query heads of the group
     double *decay_end; // [1] E of the last complete tile, eq. (6)
-    float *state;      // [d, d] S^ of the open tile, eq. (8); row i belongs to feature i of k^
+    void *state;       // [d, d] S^ of the open tile, eq. (8), of open_dtype; row i belongs to feature i of k^
+    // [d, d] what BF16 left out of S^: its f32 bits are (state's << 16) + state_rest, and state is the nearest BF16.
+    // The recurrence of the dense form carries S^ on, so it needs them all. BF16 in dense form only, else NULL.
+    int16_t *state_rest;
     float *mass;       // [d] z^ of the open tile
     int64_t *pairs;    // [2] tile pairs available and selected so far
     int32_t *n_held;   // [1] tiles held: slots 0 .. n_held - 1 of the sequence. Sparse form only, as all below
@@ -105,7 +108,7 @@ typedef enum ts_activation { TS_ACTIVATION_NONE, TS_ACTIVATION_GELU_TANH } ts_ac
 typedef struct ts_linear_args {
     ts_tensor x;           // [M, K]
     ts_tensor w;           // [N, K] weight: F32, BF16 or F16, uploaded by ts_device_upload_weight
-    const ts_tensor *bias; // [1, N] f32 or NULL
+    const ts_tensor *bias; // [1, N] of y's dtype, or NULL
     ts_tensor y;           // [M, N] out
     ts_activation activation;
     bool row_invariant; // a row's value must not depend on M: decode (I3)

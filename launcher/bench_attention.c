@@ -142,12 +142,12 @@ static ts_status bench_attention_decode(ts_kernel_bench *b) {
     const int64_t T = shape.tile_size, n_tokens = (s->repeat + 8) * T;
     const int64_t max_rows = s->batch * T > s->batch ? s->batch * T : s->batch;
     const double n = (double)s->batch, H = (double)s->heads, KV = (double)s->kv_heads, d = (double)s->head_dim;
-    // Of a KV head: its state, half a tile of keys, values and c (f64), and the row that is added; a T-th of the states
-    // is written.
+    // Of a KV head: S^, z^, the query sum, half a tile of keys, values and c (f64), and the row that is added. A T-th
+    // of the heads close their tile: they read and write S^ in f32, and the whole tile.
     const double element = (double)ts_dtype_bytes(b->dtype), open_row = 2 * d * element + (element < 4 ? 12 : 8);
-    const double open = ((double)T / 2 + 1) * open_row, state = (d * d + d) * 4;
-    const double bytes = n * (KV * (open + state * (1 + 1.0 / (double)T)) +
-                              (2 * H * d + 2 * KV * d + 2 * KV) * (double)ts_dtype_bytes(b->dtype));
+    const double token = ((double)T / 2 + 1) * open_row + d * d * element + 3 * d * 4;
+    const double closing = (2 * d * d * 4 + (double)T * open_row) / (double)T;
+    const double bytes = n * (KV * (token + closing) + (2 * H * d + 2 * KV * d + 2 * KV) * element);
     const double flops = 2 * n * (H * (d * d + (double)T * d) + KV * d * d);
     attention_case c;
     json_t *result;
@@ -219,7 +219,7 @@ static ts_status bench_attention_close(ts_kernel_bench *b) {
     // Of a KV head: the open tile, z of the tiles held and the states of those selected; a state is stored, S^ is too.
     const double selected = (double)(after[1] - before[1]) / KV;
     const double bytes =
-        n * KV * ((double)T * 2 * d * element + (double)n_tiles * d * 4 + (selected + 1) * d * d * element + d * d * 4);
+        n * KV * ((double)T * 2 * d * element + (double)n_tiles * d * 4 + (selected + 2) * d * d * element);
     const double flops = 2 * n * (KV * ((double)T + selected) * d * d + H * (d * d + (double)T * d));
     const ts_kernel_call call = {.prepare = prepare_close, .run = run_close, .context = &c, .n_calls = 1};
     snprintf(text, sizeof text, "%lld sequences, %lld of %lld heads of %lld, %lld tiles held, %.0f selected",

@@ -15,7 +15,7 @@
 typedef struct ts_model ts_model;
 
 // Reads config.json and this rank's shard of the weights in `dir` (docs/model.md, "Files"). Matrices keep the dtype of
-// the file, but are rounded to BF16 on a device that computes in BF16; norms and biases become f32. Collective over
+// the file, but are rounded to BF16 on a device that computes in BF16; norms become f32. Collective over
 // `tp` only in that all ranks must load alike; no communication. `device` and `tp` are borrowed until free. A missing,
 // extra or misshapen tensor is an error that names it.
 ts_status ts_model_load(ts_device *device, ts_group *tp, const char *dir, ts_model **out);

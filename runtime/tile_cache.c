@@ -32,15 +32,22 @@ typedef struct layer_array {
     bool per_page;
 } layer_array;
 
-enum { MAX_ARRAYS = 16 };
+enum { MAX_ARRAYS = 17 };
 
 static size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
 }
 
+// Of state_rest, for a KV head.
+static size_t rest_bytes(const ts_tile_cache_shape *shape) {
+    const bool has_rest = shape->open_dtype == TS_BF16 && !shape->is_sparse;
+    return has_rest ? (size_t)shape->head_dim * (size_t)shape->head_dim * sizeof(int16_t) : 0;
+}
+
 static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX_ARRAYS]) {
     const size_t d = (size_t)shape->head_dim, T = (size_t)shape->tile_size;
     const size_t open_bytes = T * d * ts_dtype_bytes(shape->open_dtype);
+    const size_t state_bytes = d * d * ts_dtype_bytes(shape->open_dtype);
     const bool is_fp8 = shape->slot_dtype == TS_FP8_E4M3;
     const layer_array all[] = {
         {offsetof(ts_tile_cache_layer, open_k), open_bytes, false},
@@ -49,7 +56,8 @@ static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX
         {offsetof(ts_tile_cache_layer, open_c), T * sizeof(double), false},
         {offsetof(ts_tile_cache_layer, query_sum), d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, decay_end), sizeof(double), false},
-        {offsetof(ts_tile_cache_layer, state), d * d * sizeof(float), false},
+        {offsetof(ts_tile_cache_layer, state), state_bytes, false},
+        {offsetof(ts_tile_cache_layer, state_rest), rest_bytes(shape), false},
         {offsetof(ts_tile_cache_layer, mass), d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, pairs), 2 * sizeof(int64_t), false},
         {offsetof(ts_tile_cache_layer, n_held), sizeof(int32_t), false},
@@ -276,7 +284,9 @@ ts_status ts_tile_cache_open(ts_tile_cache *cache, int32_t sequence, int64_t n_t
     for (int32_t l = 0; l < cache->shape.n_layers; l++) {
         const ts_tile_cache_layer *layer = &cache->layers[l];
         TS_TRY(zero_row(cache, layer->decay_end, sequence, sizeof(double)));
-        TS_TRY(zero_row(cache, layer->state, sequence, d * d * sizeof(float)));
+        TS_TRY(zero_row(cache, layer->state, sequence, d * d * ts_dtype_bytes(layer->open_dtype)));
+        if (layer->state_rest)
+            TS_TRY(zero_row(cache, layer->state_rest, sequence, rest_bytes(&cache->shape)));
         TS_TRY(zero_row(cache, layer->mass, sequence, d * sizeof(float)));
         TS_TRY(zero_row(cache, layer->pairs, sequence, 2 * sizeof(int64_t)));
         TS_TRY(zero_row(cache, layer->n_held, sequence, sizeof(int32_t)));

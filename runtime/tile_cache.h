@@ -24,7 +24,7 @@ typedef struct ts_tile_cache_shape {
     int32_t n_layers, n_heads, n_kv_heads, head_dim, tile_size;
     bool is_sparse;
     ts_sparsity sparsity;
-    ts_dtype open_dtype; // of the open tile: the device's compute_dtype
+    ts_dtype open_dtype; // of the open tile and S^: the device's compute_dtype
     ts_dtype slot_dtype; // of held tile states: F32, BF16 or FP8_E4M3
 } ts_tile_cache_shape;
 

@@ -87,17 +87,19 @@ static ts_status load_gate_bias(loader *load, const char *prefix, int64_t n_befo
     ts_status status = TS_OK;
     static const char *const names[] = {"self_attn.key_gate.bias", "self_attn.decay_gate.bias"};
     void *data;
-    float *bias = calloc((size_t)(n_before + 2 * n_kv), sizeof *bias);
+    const ts_dtype dtype = load->store->device->compute_dtype;
+    const size_t element = ts_dtype_bytes(dtype), n_bytes = (size_t)(n_before + 2 * n_kv) * element;
+    char *bias = calloc(1, n_bytes);
     TS_CHECK(bias, TS_ERR_MEMORY, "weights: out of memory");
     for (int i = 0; i < 2; i++) {
         const weight_part part = {.name = names[i], .all_rows = 1, .all_cols = all_kv, .is_vector = true};
         ts_weight_tensor tensor;
         TS_TRY(find_part(load, prefix, &part, &tensor));
-        ts_weight_tensor_read(&tensor, 0, first_kv, n_kv, TS_F32, bias + n_before + i * n_kv);
+        ts_weight_tensor_read(&tensor, 0, first_kv, n_kv, dtype, bias + (size_t)(n_before + i * n_kv) * element);
     }
-    TS_TRY(store_add(load->store, (size_t)(n_before + 2 * n_kv) * sizeof *bias, &data));
-    TS_TRY(ts_device_upload(load->store->device, data, bias, (size_t)(n_before + 2 * n_kv) * sizeof *bias));
-    *out = ts_tensor_of(data, TS_F32, 1, n_before + 2 * n_kv);
+    TS_TRY(store_add(load->store, n_bytes, &data));
+    TS_TRY(ts_device_upload(load->store->device, data, bias, n_bytes));
+    *out = ts_tensor_of(data, dtype, 1, n_before + 2 * n_kv);
 done:
     free(bias);
     return status;

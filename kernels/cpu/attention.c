@@ -222,7 +222,7 @@ static void span_tiles(const heads *h, const workspace *work, int64_t begin, int
     const ts_tile_cache_layer *cache = h->cache;
     const int64_t n_kv = cache->n_kv_heads, head = head_index(h, &work->pieces[begin], j), d = h->d;
     const size_t state_bytes = (size_t)(d * d) * sizeof(float), mass_bytes = (size_t)d * sizeof(float);
-    const float *state = cache->state + head * d * d, *mass = cache->mass + head * d;
+    const float *state = (float *)cache->state + head * d * d, *mass = cache->mass + head * d;
     for (int64_t i = begin; i < end; i++) {
         const piece *p = &work->pieces[i];
         if (!p->closes)
@@ -252,7 +252,7 @@ static void piece_outputs(const heads *h, const workspace *work, const piece *p,
     const ts_tile_cache_layer *cache = h->cache;
     const int64_t d = h->d, head = head_index(h, p, j);
     const bool opens_span = p == work->pieces || p[-1].span != p->span;
-    const float *state = cache->state + head * d * d, *mass = cache->mass + head * d;
+    const float *state = (float *)cache->state + head * d * d, *mass = cache->mass + head * d;
     if (!opens_span) {
         const int64_t at = p[-1].slot * cache->n_kv_heads + j;
         state = work->next_states + at * d * d;
@@ -278,7 +278,7 @@ static void span_leave(const heads *h, const workspace *work, int64_t begin, int
         closed = work->pieces[i].closes ? work->pieces[i].slot : closed;
     if (closed >= 0) {
         const int64_t at = closed * n_kv + j;
-        memcpy(cache->state + head * d * d, work->next_states + at * d * d, (size_t)(d * d) * sizeof(float));
+        memcpy((float *)cache->state + head * d * d, work->next_states + at * d * d, (size_t)(d * d) * sizeof(float));
         memcpy(cache->mass + head * d, work->next_masses + at * d, (size_t)d * sizeof(float));
     }
     if (last->closes)
@@ -386,7 +386,7 @@ static void decode_head(const heads *h, const ts_span *span, int32_t j, double *
     const ts_tile_cache_layer *cache = h->cache;
     const int64_t d = h->d, head = (int64_t)span->sequence * cache->n_kv_heads + j, n = span->position % h->T;
     float *x = row_of(h, span->row), *query_sum = cache->query_sum + head * d;
-    float *state = cache->state + head * d * d, *mass = cache->mass + head * d;
+    float *state = (float *)cache->state + head * d * d, *mass = cache->mass + head * d;
     double *c = cache->open_c + head * h->T;
     if (n == 0)
         memset(query_sum, 0, (size_t)d * sizeof *query_sum);

@@ -6,6 +6,7 @@
 #include "kernels/cuda/attention.h"
 
 #include <cuda_fp8.h>
+#include <float.h>
 #include <type_traits>
 
 namespace ts {
@@ -18,6 +19,32 @@ struct fp8 {
 __device__ __forceinline__ float from_fp8(__nv_fp8_storage_t bits) {
     return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
 }
+
+// A row of a tile's state as FP8: in units of its largest magnitude over 448, the largest FP8 number (e4m3). kTogether
+// neighbouring threads have n elements each.
+template <int n, int kTogether> struct fp8_row {
+    float scale, inverse;
+
+    __device__ __forceinline__ explicit fp8_row(const float (&x)[n]) {
+        float largest = 0;
+#pragma unroll
+        for (int i = 0; i < n; i++)
+            largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+        for (int step = kTogether / 2; step > 0; step /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+        scale = largest / TS_FP8_E4M3_MAX;
+        inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+    }
+    // x[first] .. x[first + 3].
+    __device__ __forceinline__ uint32_t bits(const float (&x)[n], int first) const {
+        uint32_t word = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            word |= (uint32_t)__nv_cvt_float_to_fp8(x[first + i] * inverse, __NV_SATFINITE, __NV_E4M3) << 8 * i;
+        return word;
+    }
+};
 
 // Four states of a matrix of rows of D, from `index` on.
 template <typename S, int D>

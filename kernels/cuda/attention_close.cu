@@ -9,8 +9,6 @@
 // scores (tile_select.cu has the same bound for prefill).
 #include "kernels/cuda/tile_state.cuh"
 
-#include <float.h>
-
 namespace {
 
 using ts::kThreads;
@@ -97,18 +95,11 @@ __device__ void store_state(const ts_cuda_attention &a, const typename ts::raw_s
     for (int i = 4 * (int)threadIdx.x; i < D * D; i += 4 * kThreads) {
         const float4 x = ts::load4(state + i);
         if constexpr (std::is_same<S, ts::fp8>::value) {
-            float largest = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
-#pragma unroll
-            for (int step = kTogether / 2; step > 0; step /= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-            const float scale = largest / TS_FP8_E4M3_MAX, inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
-            const auto bits = [&](float value) {
-                return (unsigned char)__nv_cvt_float_to_fp8(value * inverse, __NV_SATFINITE, __NV_E4M3);
-            };
-            *(uchar4 *)((ts::fp8 *)a.cache.slot_state + page * D * D + i) =
-                make_uchar4(bits(x.x), bits(x.y), bits(x.z), bits(x.w));
+            const float values[4] = {x.x, x.y, x.z, x.w};
+            const ts::fp8_row<4, kTogether> row(values);
+            *(uint32_t *)((ts::fp8 *)a.cache.slot_state + page * D * D + i) = row.bits(values, 0);
             if (i % D == 0)
-                a.cache.slot_scale[page * D + i / D] = scale;
+                a.cache.slot_scale[page * D + i / D] = row.scale;
         } else {
             ts::store4((S *)a.cache.slot_state + page * D * D + i, x);
         }
@@ -160,11 +151,10 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) close_kernel(const 
     if (tid < D)
         s.query[tid] = mean * a.cache.query_sum[head * D + tid];
     float4 staged = make_float4(0, 0, 0, 0);
-    if constexpr (std::is_same<A, ts::bf16>::value)
-        ts::matrix_state<W, D>(tile, T, s.reach, (ts::bf16 *)stage, state, &staged);
-    else
-        ts::plain_state<A, W, D>(tile, T, s.reach, (float *)stage, state, &staged);
-    const float mass = ts::tile_mass<D>(staged, stage);
+    ts::tile_state<A, D, kThreads>(
+        tile, T, s.reach, stage, &staged, ts::from_zero(),
+        [&](int row, int column, float x, float y) { ts::store2(state + row * D + column, x, y); });
+    const float mass = ts::tile_mass<D, kThreads>(staged, stage);
     const double key = log(ts::block_sum(tid < D ? (double)mass : 0.0, s.sums)) - end;
 
     const int dropped = dropped_slot(a, span.sequence, j, t, key, n_before);
@@ -231,17 +221,11 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) close_kernel(const 
             }
         }
         n_selected += selected;
-        const unsigned votes = __ballot_sync(~0u, selected && reach > 0.0f);
-        __syncthreads(); // the list before this one has been read
-        if (tid % 32 == 0)
-            s.counts[tid / 32] = __popc(votes);
-        __syncthreads();
-        int rank = __popc(votes & ((1u << tid % 32) - 1)), n = 0;
-        for (int w = 0; w < kWarps; w++) {
-            rank += w < tid / 32 ? s.counts[w] : 0;
-            n += s.counts[w];
-        }
-        if (votes >> tid % 32 & 1u) {
+        const bool adds = selected && reach > 0.0f;
+        int n;
+        const int rank =
+            ts::rank_in_block<kWarps>(adds, s.counts, &n); // by then the list before this one has been read
+        if (adds) {
             s.pages[rank] = page;
             s.weights[rank] = reach;
         }
@@ -261,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) close_kernel(const 
     }
 #pragma unroll
     for (int v = 0; v < kVectors; v++)
-        ts::store4(a.cache.state + head * D * D + 4 * (v * kThreads + tid), sum[v]);
+        ts::store4((A *)a.cache.state + head * D * D + 4 * (v * kThreads + tid), sum[v]);
     if (tid < D)
         a.cache.mass[head * D + tid] = mass_sum;
     const double all_selected = ts::block_sum((double)n_selected, s.sums);

@@ -1,254 +1,307 @@
 // One token of every sequence: appended to the open tile, then eq. (9) against that tile and S^, z^. One block a
 // sequence and KV head, so that nothing depends on the batch.
 //
-// Bound by reading S^ and the open tile once. They go to shared memory as asynchronous copies, which take no registers,
-// so that several blocks share a multiprocessor and some always wait for memory while others compute. A warp owns 16
-// features of S^ and its share of the tile's tokens, for all columns of v.
+// Bound by reading S^ and the open tile once. A thread asks for its 16 bytes of every row it has a part in before it
+// waits for any: they stay in registers, so that no byte passes through shared memory. A warp owns 16 features of S^
+// and its share of the tile's tokens, for all columns of v; a row lies across kLanes neighbouring lanes.
 //
-// In dense form a token that completes its tile closes it here, eqs. (6) to (8), from what the block holds.
-#include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/warp_matrix.cuh"
+// Under BF16 activations S^ is read as BF16, as prefill reads it for the same product. In dense form a token that
+// completes its tile closes it here, eqs. (6) to (8), and there S^ is taken and left in f32 (split_float.cuh).
+#include "kernels/cuda/split_float.cuh"
+#include "kernels/cuda/tile_state.cuh"
 
 namespace {
 
-constexpr int kFeatures = 16; // of a warp
+constexpr int kHeadsAtOnce = 8; // query heads whose q^ is in shared memory
 
-template <int D> constexpr int kThreadsOf = 32 * D / kFeatures;
-
-// Large tiles leave no room for S^ in the shared memory of an A100: it is read where it lies.
-template <int D, int T> constexpr bool kHoldsState = T < 128;
-
-// Keys and values are of the activations' dtype, as in the cache (ops.h): k^ in F32, its projection in BF16.
-template <typename A, int D, int T> struct tile_in_shared {
-    static constexpr int kVector = 16 / (int)sizeof(A);
-    static constexpr int kSharers = kThreadsOf<D> / T; // threads that share a key, 16 bytes of it in turn
-    float state[kHoldsState<D, T> ? D : 1][D];
-    A keys[T][D + kVector * kSharers]; // 8 threads that read 16 bytes each share no bank
-    A values[T][D];
-    float query[D], mass[D], weights[T];
-    float sums[D / kFeatures][D];
-    float below[kThreadsOf<D> / 32];
-    float gate;
-    double c_now;
+// What is computed in f64 and divided exactly under F32, and in f32 under BF16.
+template <typename A> struct decode_arithmetic {
+    using decay = double;
+    static __device__ __forceinline__ float reach_of(double x) {
+        return ts::reach_of(x);
+    }
+    static __device__ __forceinline__ float ratio(float x, float y) {
+        return x / y;
+    }
+};
+template <> struct decode_arithmetic<ts::bf16> {
+    using decay = float;
+    static __device__ __forceinline__ float reach_of(float x) {
+        return ts::exp2_fast(x * ts::kLog2E);
+    }
+    static __device__ __forceinline__ float ratio(float x, float y) {
+        return __fdividef(x, y);
+    }
 };
 
-// Columns lane * D / 32 ... of a row.
-template <int D> __device__ __forceinline__ void add_row(float *acc, float weight, const float *row, int lane) {
-    if constexpr (D == 64) {
-        const float2 x = *(const float2 *)(row + 2 * lane);
-        acc[0] += weight * x.x, acc[1] += weight * x.y;
+template <typename A, int D, int T> struct decode_shape : decode_arithmetic<A> {
+    static constexpr int kVector = 16 / (int)sizeof(A); // elements that a thread has of a row
+    static constexpr int kLanes = D / kVector;
+    static constexpr int kRows = 32 / kLanes; // that a warp asks for at once
+    static constexpr int kWarps = sizeof(A) == 4 || D == 128 ? 8 : 4;
+    static constexpr int kThreads = 32 * kWarps, kParts = kWarps * kRows;
+    static constexpr int kStateRows = D / kParts, kTileRows = T / kParts; // of a lane
+#ifndef DB
+#    define DB 6
+#endif
+    static constexpr int kBlocks = kWarps == 4 ? 5 : sizeof(A) == 4 ? 1 : 2; // of a multiprocessor
+    static constexpr int kSumBytes = 2 * kParts * D * (int)sizeof(float);
+    static_assert(kTileRows * kRows <= 32, "a lane for every token of its warp");
+    static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
+};
+
+template <int n> __device__ __forceinline__ void unpack_row(const uint4 &raw, float (&x)[n]) {
+    if constexpr (n == 8) {
+        ts::unpack(raw, x);
     } else {
-        const float4 x = ts::load4(row + 4 * lane);
-        acc[0] += weight * x.x, acc[1] += weight * x.y, acc[2] += weight * x.z, acc[3] += weight * x.w;
-    }
-}
-template <int D> __device__ __forceinline__ void add_row(float *acc, float weight, const ts::bf16 *row, int lane) {
-    if constexpr (D == 64) {
-        const float2 x = __bfloat1622float2(*(const __nv_bfloat162 *)(row + 2 * lane));
-        acc[0] += weight * x.x, acc[1] += weight * x.y;
-    } else {
-        const float4 x = ts::load4(row + 4 * lane);
-        acc[0] += weight * x.x, acc[1] += weight * x.y, acc[2] += weight * x.z, acc[3] += weight * x.w;
+        x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
+        x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
     }
 }
 
-// phi of a key's elements; its gate is in its weight.
-__device__ __forceinline__ float feature(float k) {
-    return k;
-}
-__device__ __forceinline__ float feature(ts::bf16 k) {
-    return ts::elu1_fast(ts::load(&k));
-}
-__device__ __forceinline__ float dot_16_bytes(const float *query, const float *key) {
-    const float4 q = ts::load4(query), k = ts::load4(key);
-    return q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
-}
-__device__ __forceinline__ float dot_16_bytes(const float *query, const ts::bf16 *key) {
-    float k[8], sum = 0;
-    ts::unpack(*(const uint4 *)key, k);
+// Keeps the compiler from unpacking rows once for all query heads, for which there are no registers.
+template <int n> __device__ __forceinline__ void keep_packed(uint4 (&rows)[n]) {
 #pragma unroll
-    for (int e = 0; e < 8; e += 4) {
-        const float4 q = ts::load4(query + e);
-        sum += q.x * ts::elu1_fast(k[e]) + q.y * ts::elu1_fast(k[e + 1]) + q.z * ts::elu1_fast(k[e + 2]) +
-               q.w * ts::elu1_fast(k[e + 3]);
-    }
+    for (int i = 0; i < n; i++)
+        asm volatile("" : "+r"(rows[i].x), "+r"(rows[i].y), "+r"(rows[i].z), "+r"(rows[i].w));
+}
+
+// Part of q^ . k^ but for the key's gate where that is not in k^ (BF16).
+__device__ __forceinline__ float part_of_dot(const float (&q)[4], const uint4 &key) {
+    float k[4];
+    unpack_row(key, k);
+    return q[0] * k[0] + q[1] * k[1] + q[2] * k[2] + q[3] * k[3];
+}
+__device__ __forceinline__ float part_of_dot(const float (&q)[8], const uint4 &key) {
+    float k[8], sum = 0;
+    unpack_row(key, k);
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        sum += q[e] * ts::elu1_fast(k[e]);
     return sum;
 }
 
-// Row 0 of S^, where this block reads it.
-template <typename A, int D, int T>
-__device__ __forceinline__ const float *state_of(const tile_in_shared<A, D, T> &s, const float *in_cache) {
-    if constexpr (kHoldsState<D, T>)
-        return s.state[0];
-    else
-        return in_cache;
+// The new token's key as the open tile keeps it.
+__device__ __forceinline__ uint4 opened(float gate, const uint4 &raw, const float *) {
+    float k[4];
+    unpack_row(raw, k);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        k[e] = ts::open_key(&k[e], gate);
+    return make_uint4(__float_as_uint(k[0]), __float_as_uint(k[1]), __float_as_uint(k[2]), __float_as_uint(k[3]));
+}
+__device__ __forceinline__ uint4 opened(float gate, const uint4 &raw, const ts::bf16 *) {
+    return raw;
 }
 
 // S^ and z^ of the tile that follows.
 template <typename A, int D, int T>
-__device__ void close_tile(const ts_cuda_attention &a, tile_in_shared<A, D, T> &s, int64_t head, int64_t tile) {
-    constexpr int kColumns = D / 32;
-    const int tid = threadIdx.x, lane = tid % 32, first = tid / 32 * kFeatures;
-    const float reach = ts::reach_of(s.c_now);
-    __syncthreads();
+__device__ void close_tile(const ts_cuda_attention &a, const ts_span &span, int j, double c_now, float before,
+                           float *reach_of) {
+    extern __shared__ float4 stage[];
+    constexpr int kThreads = decode_shape<A, D, T>::kThreads;
+    const int tid = threadIdx.x;
+    const int64_t tile = span.position / T, head = ts::head_of(a, span.sequence, j);
+    const ts_cuda_piece piece = {.span = (int32_t)blockIdx.x,
+                                 .sequence = span.sequence,
+                                 .n_tokens = 1,
+                                 .first = T - 1,
+                                 .row = span.row,
+                                 .tile = tile};
+    const ts::tile_keys<A, D> keys(a, piece, j);
+    const float reach = ts::reach_of(c_now);
+    __syncthreads(); // the token is in the open tile
     if (tid < T)
-        s.weights[tid] = ts::reach_of(s.c_now - a.cache.open_c[head * T + tid]) *
-                         (sizeof(A) < 4 ? a.cache.open_gate[head * T + tid] : 1.0f);
-    __syncthreads();
-    float *state = a.cache.state + head * D * D;
-    const float *before = state_of<A, D, T>(s, state);
-    float acc[kFeatures][kColumns] = {};
-#pragma unroll
-    for (int i = 0; i < kFeatures; i++)
-        add_row<D>(acc[i], reach, before + (first + i) * D, lane);
-    for (int m = 0; m < T; m += 2) { // a lane forms one of the warp's features of two keys
-        const int at = m + lane / kFeatures;
-        const float k = s.weights[at] * feature(s.keys[at][first + lane % kFeatures]);
-#pragma unroll
-        for (int i = 0; i < kFeatures; i++) {
-            add_row<D>(acc[i], __shfl_sync(~0u, k, i), s.values[m], lane);
-            add_row<D>(acc[i], __shfl_sync(~0u, k, kFeatures + i), s.values[m + 1], lane);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kFeatures; i++)
-#pragma unroll
-        for (int k = 0; k < kColumns; k++)
-            state[(first + i) * D + kColumns * lane + k] = acc[i][k];
-    if (tid < D) {
-        float mass = reach * s.mass[tid];
-        for (int m = 0; m < T; m++)
-            mass += s.weights[m] * feature(s.keys[m][tid]);
-        a.cache.mass[head * D + tid] = mass;
-    }
+        reach_of[tid] = ts::reach_of(c_now - keys.c[tid]);
+    float4 staged = make_float4(0, 0, 0, 0);
+    const auto decayed = [&](int row, int column) {
+        const int64_t at = (head * D + row) * D + column;
+        float2 x;
+        if constexpr (sizeof(A) == 4)
+            x = *(const float2 *)((const float *)a.cache.state + at);
+        else
+            x = ts::load_split2(a.cache.state, a.cache.state_rest, at);
+        return make_float2(reach * x.x, reach * x.y);
+    };
+    const auto store = [&](int row, int column, float x, float y) {
+        const int64_t at = (head * D + row) * D + column;
+        if constexpr (sizeof(A) == 4)
+            ts::store2((float *)a.cache.state + at, x, y);
+        else
+            ts::store_split2(a.cache.state, a.cache.state_rest, at, x, y);
+    };
+    ts::tile_state<A, D, kThreads>(keys, T, reach_of, stage, &staged, decayed, store);
+    const float mass = ts::tile_mass<D, kThreads>(staged, stage);
+    if (tid < D)
+        a.cache.mass[head * D + tid] = reach * before + mass;
     if (tid == 0) {
-        a.cache.decay_end[head] += s.c_now;
+        a.cache.decay_end[head] += c_now;
         a.cache.pairs[2 * head] += tile + 1;
         a.cache.pairs[2 * head + 1] += tile + 1;
     }
 }
 
 template <typename A, int D, int T>
-__global__ void __launch_bounds__(kThreadsOf<D>) decode_kernel(const __grid_constant__ ts_cuda_attention a) {
-    constexpr int kThreads = kThreadsOf<D>, kWarps = kThreads / 32, kColumns = D / 32;
-    constexpr int kSharers = tile_in_shared<A, D, T>::kSharers, kVector = tile_in_shared<A, D, T>::kVector;
-    constexpr int kVectors = D / kVector; // of a key
-    static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
+__global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<A, D, T>::kBlocks)
+    decode_kernel(const __grid_constant__ ts_cuda_attention a) {
+    using shape = decode_shape<A, D, T>;
+    using decay = typename shape::decay;
+    constexpr int kVector = shape::kVector, kLanes = shape::kLanes, kRows = shape::kRows, kWarps = shape::kWarps;
+    constexpr int kStateRows = shape::kStateRows, kTileRows = shape::kTileRows, kParts = shape::kParts;
     extern __shared__ float4 stage[];
-    auto &s = *(tile_in_shared<A, D, T> *)stage;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    auto &sums = *(float(*)[2][kParts][D])stage;
+    __shared__ float queries[kHeadsAtOnce][D], below_of[2][kWarps], reach_of[T], new_gate;
+    __shared__ double new_c;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, column = lane % kLanes * kVector;
+    const int first = warp * kRows + lane / kLanes; // of this lane's rows, which lie kParts apart
     const int j = blockIdx.y, group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[blockIdx.x];
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % T);
-    A *open_k = (A *)a.cache.open_k + head * T * D, *open_v = (A *)a.cache.open_v + head * T * D;
-    double *open_c = a.cache.open_c + head * T;
-    const float *state = a.cache.state + head * D * D;
-    if constexpr (kHoldsState<D, T>)
-#pragma unroll
-        for (int i = tid; i < D * D / 4; i += kThreads)
-            ts::copy_async(&s.state[0][0] + 4 * i, state + 4 * i);
-    state = state_of<A, D, T>(s, state);
-    for (int i = tid; i < n * kVectors; i += kThreads) {
-        const int m = i / kVectors, e = i % kVectors * kVector;
-        ts::copy_async(&s.keys[m][e], open_k + m * D + e);
-        ts::copy_async(&s.values[m][e], open_v + m * D + e);
-    }
-    ts::copy_commit();
     const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
-    const int key = tid / kSharers, share = tid % kSharers;
-    const double c_of_key = key < n ? open_c[key] : 0.0;
-    const float gate_of_key = sizeof(A) < 4 && key < n ? a.cache.open_gate[head * T + key] : 1.0f;
-    A raw_q, raw_k, value; // raw_q: of the next query head
-    if (tid < D)
-        raw_q = row.q[j * group * D + tid], raw_k = row.k[j * D + tid], value = row.v[j * D + tid];
+    const A *state_at = (const A *)a.cache.state + head * D * D + first * D + column;
+    A *open_k = (A *)a.cache.open_k + head * T * D + first * D + column;
+    A *open_v = (A *)a.cache.open_v + head * T * D + first * D + column;
+    double *open_c = a.cache.open_c + head * T;
+    float *open_gate = sizeof(A) < 4 ? a.cache.open_gate + head * T : NULL;
+    // What the block waits for first is asked for first.
+    const A *queries_at = row.q + j * group * D;
+    const A first_query = queries_at[min(tid, group * D - 1)];
+    double c_before = 0;
+    A logit;
+    if (tid == 0) {
+        logit = row.decay_gate[j];
+        c_before = n > 0 ? open_c[n - 1] : 0.0;
+    } else if (tid == 32) {
+        logit = row.key_gate[j];
+    }
+    uint4 state[kStateRows], keys[kTileRows], values[kTileRows];
+    // Each lane weighs one of its warp's tokens: that of row lane / kRows of lane group lane % kRows.
+    const int weighed = warp * kRows + lane % kRows + lane / kRows * kParts;
+    const bool is_open = lane < kTileRows * kRows && weighed < n;
+    double c_of_weighed = is_open ? open_c[weighed] : 0.0;
+    const float gate_of_weighed = sizeof(A) < 4 && is_open ? open_gate[weighed] : 1.0f;
+    const A *new_k = row.k + j * D + column, *new_v = row.v + j * D + column;
+#pragma unroll
+    for (int i = 0; i < kStateRows; i++)
+        state[i] = __ldcg((const uint4 *)(state_at + i * kParts * D));
+        // Without branches, between which a thread would wait: rows after the new token's are that token again, and
+        // whatever stands in their place in the tile, with no weight.
+#pragma unroll
+    for (int i = 0; i < kTileRows; i++) {
+        const int m = first + i * kParts;
+        keys[i] = __ldcg((const uint4 *)(m < n ? open_k + i * kParts * D : new_k));
+        values[i] = __ldcg((const uint4 *)(m < n ? open_v + i * kParts * D : new_v));
+    }
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
+    const auto take_queries = [&](int h0) {
+        const int n_queries = min(kHeadsAtOnce, group - h0) * D;
+#pragma unroll 1
+        for (int i = tid; i < n_queries; i += shape::kThreads)
+            queries[0][i] = ts::elu1(ts::load(i < shape::kThreads && h0 == 0 ? &first_query : queries_at + h0 * D + i));
+    };
+    take_queries(0);
     if (tid == 0) {
-        const double c = (n > 0 ? open_c[n - 1] : 0.0) + ts::log_decay(row.decay_gate + j, a.decay_temperature);
-        s.c_now = c;
-        open_c[n] = c;
+        new_c = c_before + ts::log_decay(&logit, a.decay_temperature);
+        open_c[n] = new_c;
     } else if (tid == 32) {
-        s.gate = ts::key_gate(row.key_gate + j);
+        new_gate = ts::key_gate(&logit);
         if (sizeof(A) < 4)
-            a.cache.open_gate[head * T + n] = s.gate;
+            open_gate[n] = new_gate;
     }
     __syncthreads();
-    const double c_now = s.c_now;
+    asm volatile("" : "+d"(c_of_weighed)); // not to be waited for before the barrier
+    const double c_now = new_c;
     const float reach = ts::reach_of(c_now);
-    if (tid < D) {
-        const A k = ts::open_key(&raw_k, s.gate);
-        s.keys[n][tid] = k;
-        s.values[n][tid] = value;
-        s.mass[tid] = mass;
-        open_k[n * D + tid] = k;
-        open_v[n * D + tid] = value;
-    }
-    const float scale_of_key = key < n    ? gate_of_key * ts::reach_of(c_now - c_of_key)
-                               : key == n ? (sizeof(A) < 4 ? s.gate : 1.0f)
-                                          : 0.0f;
-    for (int h = j * group; h < (j + 1) * group; h++) {
-        float below = 0;
-        if (tid < D) {
-            const float q = ts::elu1(ts::load(&raw_q));
-            if (h + 1 < (j + 1) * group)
-                raw_q = row.q[(h + 1) * D + tid];
-            s.query[tid] = q;
-            query_sum += q;
-            below = reach * q * mass;
+    const float weigh = is_open        ? gate_of_weighed * shape::reach_of((decay)c_now - (decay)c_of_weighed)
+                        : weighed == n ? (sizeof(A) < 4 ? new_gate : 1.0f)
+                                       : 0.0f;
+    float scale_of[kTileRows];
+#pragma unroll
+    for (int i = 0; i < kTileRows; i++) {
+        scale_of[i] = __shfl_sync(~0u, weigh, i * kRows + lane / kLanes);
+        if (first + i * kParts == n) {
+            keys[i] = opened(new_gate, keys[i], (const A *)NULL);
+            *(uint4 *)(open_k + i * kParts * D) = keys[i];
+            *(uint4 *)(open_v + i * kParts * D) = values[i];
         }
-        if (h == j * group)
-            ts::copy_wait<0>();
-        __syncthreads();
-        float dot = 0;
-        if (key <= n)
+    }
+#pragma unroll 1
+    for (int h = 0; h < group; h++) {
+        const int buffer = h % 2; // the other one may still be read
+        if (h > 0 && h % kHeadsAtOnce == 0) {
+            __syncthreads();
+            take_queries(h);
+            __syncthreads();
+        }
+        const float *query = queries[h % kHeadsAtOnce];
+        keep_packed(state), keep_packed(keys), keep_packed(values);
+        float acc[kVector] = {}, x[kVector], below = 0;
 #pragma unroll
-            for (int e = kVector * share; e < D; e += kVector * kSharers)
-                dot += dot_16_bytes(s.query + e, &s.keys[key][e]);
+        for (int i = 0; i < kStateRows; i++) {
+            const float weight = reach * query[first + i * kParts];
+            unpack_row(state[i], x);
 #pragma unroll
-        for (int step = kSharers / 2; step > 0; step /= 2)
-            dot += __shfl_xor_sync(~0u, dot, step);
-        const float weight = key <= n ? dot * scale_of_key : 0.0f;
-        if (share == 0) {
-            s.weights[key] = weight;
-            below += weight;
+            for (int e = 0; e < kVector; e++)
+                acc[e] += weight * x[e];
+        }
+        if (tid < D) {
+            query_sum += query[tid];
+            below = reach * query[tid] * mass;
+        }
+        float q[kVector];
+#pragma unroll
+        for (int e = 0; e < kVector; e += 4) {
+            const float4 four = ts::load4(query + column + e);
+            q[e] = four.x, q[e + 1] = four.y, q[e + 2] = four.z, q[e + 3] = four.w;
+        }
+#pragma unroll
+        for (int i = 0; i < kTileRows; i++) {
+            if (warp * kRows + i * kParts > n) // no token in the whole warp
+                break;
+            float dot = part_of_dot(q, keys[i]);
+#pragma unroll
+            for (int step = kLanes / 2; step > 0; step /= 2)
+                dot += __shfl_xor_sync(~0u, dot, step);
+            const float weight = dot * scale_of[i];
+            below += column == 0 ? weight : 0.0f;
+            unpack_row(values[i], x);
+#pragma unroll
+            for (int e = 0; e < kVector; e++)
+                acc[e] += weight * x[e];
         }
         below = ts::warp_sum(below);
         if (lane == 0)
-            s.below[warp] = below;
-        float acc[kColumns] = {};
+            below_of[buffer][warp] = below;
 #pragma unroll
-        for (int i = 0; i < kFeatures; i++)
-            add_row<D>(acc, reach * s.query[warp * kFeatures + i], state + (warp * kFeatures + i) * D, lane);
-        __syncthreads();
-        for (int m = warp; m <= n; m += kWarps)
-            add_row<D>(acc, s.weights[m], s.values[m], lane);
-#pragma unroll
-        for (int k = 0; k < kColumns; k++)
-            s.sums[warp][kColumns * lane + k] = acc[k];
+        for (int e = 0; e < kVector; e += 4)
+            ts::store4(&sums[buffer][first][column + e], make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]));
         __syncthreads();
         if (tid < D) {
             float y = 0, mass_below = a.normalizer_eps;
 #pragma unroll
-            for (int i = 0; i < kWarps; i++) {
-                y += s.sums[i][tid];
-                mass_below += s.below[i];
-            }
-            ts::store((A *)a.y.data + span.row * a.y.stride + h * D + tid, y / mass_below);
+            for (int i = 0; i < kParts; i++)
+                y += sums[buffer][i][tid];
+#pragma unroll
+            for (int i = 0; i < kWarps; i++)
+                mass_below += below_of[buffer][i];
+            ts::store((A *)a.y.data + span.row * a.y.stride + (j * group + h) * D + tid, shape::ratio(y, mass_below));
         }
     }
     if (tid < D)
         a.cache.query_sum[head * D + tid] = query_sum;
     if (!a.cache.is_sparse && n == T - 1)
-        close_tile<A, D, T>(a, s, head, span.position / T);
+        close_tile<A, D, T>(a, span, j, c_now, mass, reach_of);
 }
 
 template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
-    constexpr int bytes = (int)sizeof(tile_in_shared<A, D, T>);
+    using shape = decode_shape<A, D, T>;
+    constexpr int closing = ts::kStateStage<A, D>;
+    const int bytes = a->cache.is_sparse || closing < shape::kSumBytes ? shape::kSumBytes : closing;
     const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
-    static_assert(bytes <= 163 << 10, "what a block may have on an A100");
     (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    decode_kernel<A, D, T><<<grid, kThreadsOf<D>, bytes, stream>>>(*a);
+    decode_kernel<A, D, T><<<grid, shape::kThreads, bytes, stream>>>(*a);
 }
 
 template <typename A> void launch(cudaStream_t stream, const ts_cuda_attention *a) {

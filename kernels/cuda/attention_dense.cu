@@ -258,6 +258,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.open_gate = cache->open_gate;
     a.open_c = cache->open_c;
     a.state = cache->state;
+    a.state_rest = cache->state_rest;
     a.mass = cache->mass;
     a.decay_end = cache->decay_end;
     a.pairs = cache->pairs;

@@ -3,6 +3,7 @@
 #define TS_CUDA_ATTENTION_DENSE_GATES_CUH
 
 #include "kernels/cuda/matrix.cuh"
+#include "kernels/cuda/split_float.cuh"
 #include "kernels/ops.h"
 
 namespace ts {
@@ -22,7 +23,9 @@ struct DenseArgs {
     float decay_scale; // log2(e) / decay_temperature
     float normalizer_eps;
     __nv_bfloat16 *open_k, *open_v; // as in ts_tile_cache_layer
-    float *open_gate, *state, *mass;
+    float *open_gate, *mass;
+    void *state;
+    int16_t *state_rest;
     double *open_c, *decay_end;
     int64_t *pairs;
     float *slots;    // of runs; in clusters, what a piece leaves to the next

@@ -110,18 +110,14 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0;
          w = next_work(a, w.item + n_clusters, n_clusters)) {
         const int64_t at = w.cache;
-        float *state = a.state + (at * 64 + row) * 64 + column;
+        const int64_t state = (at * 64 + row) * 64 + column;
         float *carry = a.slots + (int64_t)w.pair * kCarryFloats;
         double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
         int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
         float s[8], z;
         double log_sum = 0.0;
-        auto take = [&](const float4 &x, const float4 &y) {
-            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
-            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
-        };
         if (w.piece == 0) {
-            take(reinterpret_cast<const float4 *>(state)[0], reinterpret_cast<const float4 *>(state)[1]);
+            load_split8(a.state, a.state_rest, state, s);
             z = a.mass[at * 64 + row];
             if (w.begin > 0) { // the tokens of the open tile before the span
                 const __nv_bfloat16 *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
@@ -150,7 +146,9 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             }
             sync();
             const float4 *from = reinterpret_cast<const float4 *>(carry + row * 64 + column);
-            take(__ldcg(from), __ldcg(from + 1));
+            const float4 x = __ldcg(from), y = __ldcg(from + 1);
+            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
+            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
             z = __ldcg(carry + 64 * 64 + row);
             if (is_clerk)
                 log_sum = __ldcg(carry_log);
@@ -158,8 +156,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
         const int closing = open_tile > 0 ? open_tile : -1;
         auto close = [&] {
-            reinterpret_cast<float4 *>(state)[0] = make_float4(s[0], s[1], s[2], s[3]);
-            reinterpret_cast<float4 *>(state)[1] = make_float4(s[4], s[5], s[6], s[7]);
+            store_split8(a.state, a.state_rest, state, s);
             if (column == 0)
                 a.mass[at * 64 + row] = z;
             if (is_clerk && thread == 0)

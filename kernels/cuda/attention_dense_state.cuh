@@ -107,9 +107,9 @@ __device__ __forceinline__ double state_begin(const DenseArgs &a, const Run &run
     for (int b = 0; b < DenseShape<D>::panels; b++) {
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float *state = a.state + (at * D + row) * D + first_column + 64 * b + 8 * j;
-            const float2 x = *reinterpret_cast<const float2 *>(state),
-                         further = *reinterpret_cast<const float2 *>(state + 8 * D);
+            const int64_t from = (at * D + row) * D + first_column + 64 * b + 8 * j;
+            const float2 x = load_split2(a.state, a.state_rest, from),
+                         further = load_split2(a.state, a.state_rest, from + 8 * D);
             r.s[b][j][0] = carried * x.x, r.s[b][j][1] = carried * x.y;
             r.s[b][j][2] = carried * further.x, r.s[b][j][3] = carried * further.y;
         }
@@ -160,11 +160,11 @@ __device__ __forceinline__ void state_end(const DenseArgs &a, int64_t at, const 
     const int row = first_feature();
 #pragma unroll
     for (int b = 0; b < DenseShape<D>::panels; b++) {
-        float *state = a.state + (at * D + row) * D + b * 64 + 2 * (threadIdx.x % 4);
+        const int64_t to = (at * D + row) * D + b * 64 + 2 * (threadIdx.x % 4);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            *reinterpret_cast<float2 *>(state + 8 * j) = make_float2(r.s[b][j][0], r.s[b][j][1]);
-            *reinterpret_cast<float2 *>(state + 8 * D + 8 * j) = make_float2(r.s[b][j][2], r.s[b][j][3]);
+            store_split2(a.state, a.state_rest, to + 8 * j, r.s[b][j][0], r.s[b][j][1]);
+            store_split2(a.state, a.state_rest, to + 8 * D + 8 * j, r.s[b][j][2], r.s[b][j][3]);
         }
     }
     if (threadIdx.x % 4 == 0) {

@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant
     const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
     const int64_t head = ts::head_of(a, piece.sequence, j);
     const ts::tile_keys<A, D> tile(a, piece, j);
-    const float *state = a.cache.state + head * D * D, *mass = a.cache.mass + head * D;
-    const A *next_state = NULL; // where it does not come from before the batch
+    const A *state = (const A *)a.cache.state + head * D * D;
+    const float *mass = a.cache.mass + head * D;
     if (!piece.begins_span) {
         const int64_t at = a.pieces.at[blockIdx.x - 1].closed * n_kv + j;
-        next_state = (const A *)a.next_states + at * D * D;
+        state = (const A *)a.next_states + at * D * D;
         mass = a.next_masses + at * D;
     }
     const int n_keys = piece.first + piece.n_tokens, group = a.cache.n_heads / n_kv;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant
                 for (int i = tid; i < kRows * (D / 4); i += kThreads) {
                     const int r = i / (D / 4), e = i % (D / 4) * 4;
                     const int at = (k0 + r) * D + e;
-                    ts::store4(staged + r * L + e, next_state ? ts::load4(next_state + at) : ts::load4(state + at));
+                    ts::store4(staged + r * L + e, ts::load4(state + at));
                 }
                 __syncthreads();
                 for (int k = 0; k < kRows; k++) {
@@ -194,26 +194,20 @@ __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
             raw_v[i] = ts::load_raw(tile.v + at);
         }
     }
-    const float *state = a.cache.state + head * D * D, *mass = a.cache.mass + head * D;
-    const ts::bf16 *next_state = NULL; // where it does not come from before the batch
+    const ts::bf16 *state = (const ts::bf16 *)a.cache.state + head * D * D;
+    const float *mass = a.cache.mass + head * D;
     if (!piece.begins_span) {
         const int64_t at = a.pieces.at[blockIdx.x - 1].closed * n_kv + j;
-        next_state = (const ts::bf16 *)a.next_states + at * D * D;
+        state = (const ts::bf16 *)a.next_states + at * D * D;
         mass = a.next_masses + at * D;
     }
     if (tid < n_keys)
         c_of[tid] = (float)(tile.c[tid] * (double)ts::kLog2E);
     if (tid < D)
         masses[tid] = mass[tid];
-    if (next_state) {
 #pragma unroll 8
-        for (int i = tid; i < D * D / 8; i += kMatrixThreads)
-            *(uint4 *)(states + i / (D / 8) * L + i % (D / 8) * 8) = ts::load_raw(next_state + 8 * i);
-    } else {
-#pragma unroll 8
-        for (int i = tid; i < D * D / 4; i += kMatrixThreads)
-            ts::store4(states + i / (D / 4) * L + i % (D / 4) * 4, ts::load4(state + 4 * i));
-    }
+    for (int i = tid; i < D * D / 8; i += kMatrixThreads)
+        *(uint4 *)(states + i / (D / 8) * L + i % (D / 8) * 8) = ts::load_raw(state + 8 * i);
     if (is_whole) {
 #pragma unroll
         for (int i = 0; i < kItems; i++) {

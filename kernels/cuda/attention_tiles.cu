@@ -213,11 +213,10 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     const int64_t at = piece.closed * n_kv + j;
     S *state = (S *)a.tile_states + at * D * D;
     float4 mass4 = make_float4(0, 0, 0, 0);
-    if constexpr (kMatrix)
-        ts::matrix_state<S, D>(tile, T, reach_of, (ts::bf16 *)stage, state, &mass4);
-    else
-        ts::plain_state<A, S, D>(tile, T, reach_of, (float *)stage, state, &mass4);
-    const float mass = ts::tile_mass<D>(mass4, stage);
+    ts::tile_state<A, D, kThreads>(
+        tile, T, reach_of, stage, &mass4, ts::from_zero(),
+        [&](int row, int column, float x, float y) { ts::store2(state + row * D + column, x, y); });
+    const float mass = ts::tile_mass<D, kThreads>(mass4, stage);
     if (tid < D)
         a.tile_masses[at * D + tid] = mass;
     const double sum = ts::block_sum(tid < D ? (double)mass : 0.0, totals);

@@ -1,4 +1,4 @@
-// Inside the CUDA backend only: the choice of a cuBLASLt algorithm per product, and the elementwise work around it.
+// Inside the CUDA backend only: the choice of cuBLASLt's algorithms per product, and the elementwise work around it.
 #ifndef TS_CUDA_LINEAR_H
 #define TS_CUDA_LINEAR_H
 
@@ -8,28 +8,49 @@
 extern "C" {
 #endif
 
-// What an algorithm is chosen by. The number of rows is not part of it: one algorithm whatever the batch, with one way
-// of splitting K, so that a row is summed in one order in every batch (I3).
+// Rows that a product of decode has at most, and the classes of row counts that algorithms are chosen for.
+enum { TS_CUDA_LINEAR_FEW_ROWS = 256, TS_CUDA_LINEAR_N_CLASSES = 5 };
+
+// y = epilogue(x w^T + bias), as cuBLASLt is to have it: w of x's dtype.
+typedef struct ts_cuda_linear_operands {
+    ts_tensor x, w, y;
+    const void *bias; // of y's dtype; NULL without
+    cublasLtEpilogue_t epilogue;
+} ts_cuda_linear_operands;
+
+// What a plan is chosen by. The number of rows is not part of it.
 typedef struct ts_cuda_linear_key {
     int64_t n, k, x_stride, w_stride, y_stride;
-    int32_t x_dtype, y_dtype, epilogue;
-    int32_t few_rows;  // chosen for decode
-    int32_t alignment; // of every operand, bytes
+    int32_t w_dtype, y_dtype, epilogue;
+    int32_t few_rows;  // of decode
+    int32_t alignment; // of every operand, bytes, at most 16
     int32_t unused;    // zero: keys are compared as bytes
 } ts_cuda_linear_key;
 
 struct ts_cuda_linear_plan {
     ts_cuda_linear_key key;
-    cublasLtMatmulAlgo_t algorithm;
     bool exists; // false: cuBLASLt has no algorithm for the key
+    // In decode one for each class of row counts. All give a row the same bits (I3).
+    cublasLtMatmulAlgo_t algorithms[TS_CUDA_LINEAR_N_CLASSES];
 };
 
-// y = activation(y + bias), elementwise. bias may be NULL.
+// The plan for this product, chosen at its first use and kept. Valid until the next call. few_rows: of decode, with at
+// most TS_CUDA_LINEAR_FEW_ROWS rows at a time, whose first use takes some memory and milliseconds.
+ts_status ts_cuda_linear_find_plan(ts_cuda_device *device, const ts_cuda_linear_operands *in, bool few_rows,
+                                   const ts_cuda_linear_plan **out);
+
+ts_status ts_cuda_linear_multiply(ts_cuda_device *device, const ts_cuda_linear_operands *in,
+                                  const ts_cuda_linear_plan *plan);
+
+// y = activation(y + bias), elementwise. bias, of y's dtype, may be NULL.
 ts_status ts_cuda_linear_finish(cudaStream_t stream, const ts_tensor *y, const ts_tensor *bias,
                                 ts_activation activation);
 
 // to[i] = from[i] in another dtype: F32, BF16 or F16 to F32 or BF16, matrix [rows, cols]; `to` without gaps.
 ts_status ts_cuda_linear_convert(cudaStream_t stream, const ts_tensor *from, void *to, ts_dtype dtype);
+
+// *n (device): elements of a whose bits are not those of the same element of b. a's rows and columns count.
+ts_status ts_cuda_linear_count_different(cudaStream_t stream, const ts_tensor *a, const ts_tensor *b, uint32_t *n);
 
 #ifdef __cplusplus
 }

@@ -1,11 +1,8 @@
-// FP8 tile states: each row of S_t in units of its largest magnitude over 448, the largest FP8 number (e4m3). What a
-// call selects from its own tiles is then what a later call would read from their slots, so the chunk size of a prefill
-// does not matter (I2). A few threads a row, eight elements each. Bound by memory: reads d^2 activations a tile, writes
-// d^2 bytes.
+// FP8 tile states (attention.cuh, fp8_row). What a call selects from its own tiles is then what a later call would read
+// from their slots, so the chunk size of a prefill does not matter (I2). A few threads a row, eight elements each.
+// Bound by memory: reads d^2 activations a tile, writes d^2 bytes.
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/warp_matrix.cuh"
-
-#include <float.h>
 
 namespace {
 
@@ -24,22 +21,12 @@ template <typename A, int D>
 __global__ void __launch_bounds__(kThreads) round_kernel(const __grid_constant__ ts_cuda_attention a) {
     constexpr int kTogether = D / 8;
     const int64_t at = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * 8; // D * D is a multiple of what a block takes
-    float x[8], largest = 0;
+    float x[8];
     load8((const A *)a.tile_states + at, x);
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        largest = fmaxf(largest, fabsf(x[i]));
-#pragma unroll
-    for (int step = kTogether / 2; step > 0; step /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    const float scale = largest / TS_FP8_E4M3_MAX, inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
-    uint32_t words[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        words[i / 4] |= (uint32_t)__nv_cvt_float_to_fp8(x[i] * inverse, __NV_SATFINITE, __NV_E4M3) << i % 4 * 8;
-    *(uint2 *)((ts::fp8 *)a.stored_states + at) = make_uint2(words[0], words[1]);
+    const ts::fp8_row<8, kTogether> row(x);
+    *(uint2 *)((ts::fp8 *)a.stored_states + at) = make_uint2(row.bits(x, 0), row.bits(x, 4));
     if (threadIdx.x % kTogether == 0)
-        a.stored_scales[at / D] = scale;
+        a.stored_scales[at / D] = row.scale;
 }
 
 template <typename A, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {

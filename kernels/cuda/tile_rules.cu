@@ -283,7 +283,7 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
     if (closed_end > a.pieces.closed_begin[s]) {
         const int64_t from = (closed_end - 1) * n_kv + j;
         for (int i = tid * 4; i < D * D; i += kThreads * 4)
-            ts::store4(a.cache.state + head * D * D + i, ts::load4((const A *)a.next_states + from * D * D + i));
+            ts::store4((A *)a.cache.state + head * D * D + i, ts::load4((const A *)a.next_states + from * D * D + i));
         if (tid < D)
             a.cache.mass[head * D + tid] = a.next_masses[from * D + tid];
         if (tid == 0)

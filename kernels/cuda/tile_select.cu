@@ -509,15 +509,15 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
     }
 }
 
-template <typename A, int D>
-__global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
+// Dense form of F32; that of BF16 has a kernel of its own (attention_dense.h).
+template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
     const int j = blockIdx.y, s = blockIdx.z, n_kv = a.cache.n_kv_heads, i = 4 * (blockIdx.x * kThreads + threadIdx.x);
     const int64_t begin = a.pieces.closed_begin[s], end = a.pieces.closed_begin[s + 1];
     if (begin == end)
         return;
     const int64_t head = ts::head_of(a, a.spans[s].sequence, j);
     const float *states = (const float *)a.tile_states;
-    float4 state = ts::load4(a.cache.state + head * D * D + i);
+    float4 state = ts::load4((const float *)a.cache.state + head * D * D + i);
 #pragma unroll 4
     for (int64_t closed = begin; closed < end; closed++) {
         const int64_t at = (closed * n_kv + j) * D * D + i;
@@ -525,7 +525,7 @@ __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__
         const float4 x = ts::load4(states + at);
         state.x = decay * state.x + x.x, state.y = decay * state.y + x.y;
         state.z = decay * state.z + x.z, state.w = decay * state.w + x.w;
-        ts::store4((A *)a.next_states + at, state);
+        ts::store4((float *)a.next_states + at, state);
     }
     if (i < D) {
         float4 mass = ts::load4(a.cache.mass + head * D + i);
@@ -557,9 +557,9 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
         } else {
             sum_kernel<A, S, D><<<dim3(2 * D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
         }
-    } else
-        recur_kernel<A, D>
-            <<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
+    } else if constexpr (std::is_same<A, float>::value) {
+        recur_kernel<D><<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
+    }
 }
 
 } // namespace

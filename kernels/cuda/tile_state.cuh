@@ -10,31 +10,52 @@ namespace ts {
 constexpr int kThreads = 256;
 constexpr int kChunk = 64; // keys staged in shared memory at a time
 
-// Shared memory that plain_state (F32) and matrix_state (BF16) stage a tile in.
+// Bytes of shared memory that a tile is staged in.
 template <typename A, int D>
 constexpr int kStateStage = (std::is_same<A, float>::value ? 4 * D : 2 * (D + 8)) * 2 * kChunk;
 
-// S = sum over keys of reach k^ v^T, both staged as f32; adds the keys that this thread stages to *mass.
-template <typename A, typename S, int D>
-__device__ void plain_state(const tile_keys<A, D> &tile, int T, const float *reach_of, float *keys, S *state,
-                            float4 *mass) {
-    float *values = keys + kChunk * D; // [kChunk, D] each
+// Keys m0 .. m0 + kChunk - 1, decayed to the tile's end, and their values: [kChunk, L] each. Adds the keys that this
+// thread stages to *mass: columns 4 (threadIdx.x % (D / 4)) + {0 .. 3} of every kBlock / (D / 4)-th.
+template <typename A, int D, int L, int kBlock>
+__device__ __forceinline__ void stage_chunk(const tile_keys<A, D> &tile, const float *reach_of, int m0, A *keys,
+                                            A *values, float4 *mass) {
+    __syncthreads();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kChunk * D / 4; i += kBlock) {
+        const int m = i / (D / 4), e = i % (D / 4) * 4;
+        const float reach = reach_of[m0 + m];
+        float4 k = tile.key(m0 + m, e);
+        k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
+        mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
+        store4(keys + m * L + e, k);
+        store4(values + m * L + e, tile.value(m0 + m, e));
+    }
+    __syncthreads();
+}
+
+// begin + the sum over keys of reach k^ v^T, in F32 by kThreads threads. begin(row, column) gives a float2, two
+// neighbours of the matrix to begin with; emit(row, column, x, y) takes the same two of the result.
+template <int D, typename Begin, typename Emit>
+__device__ void plain_state(const tile_keys<float, D> &tile, int T, const float *reach_of, float *keys, float4 *mass,
+                            Begin begin, Emit emit) {
+    float *values = keys + kChunk * D;
     const int tid = threadIdx.x;
     constexpr int R = D / 64; // a thread's 4 x 4 blocks lie 64 rows and columns apart
     const int ty = tid / 16 * 4, tx = tid % 16 * 4;
-    float acc[R][R][4][4] = {};
+    float acc[R][R][4][4];
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int q = 0; q < R; q++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    const float2 x = begin(r * 64 + ty + i, q * 64 + tx + e);
+                    acc[r][q][i][e] = x.x, acc[r][q][i][e + 1] = x.y;
+                }
     for (int m0 = 0; m0 < T; m0 += kChunk) {
-        __syncthreads();
-        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
-            const int m = i / (D / 4), e = i % (D / 4) * 4;
-            const float reach = reach_of[m0 + m];
-            float4 k = tile.key(m0 + m, e);
-            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
-            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
-            store4(keys + m * D + e, k);
-            store4(values + m * D + e, tile.value(m0 + m, e));
-        }
-        __syncthreads();
+        stage_chunk<float, D, D, kThreads>(tile, reach_of, m0, keys, values, mass);
         for (int m = 0; m < kChunk; m++) {
             float4 k[R], v[R];
 #pragma unroll
@@ -61,33 +82,31 @@ __device__ void plain_state(const tile_keys<A, D> &tile, int T, const float *rea
 #pragma unroll
         for (int q = 0; q < R; q++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                store4(state + (r * 64 + ty + i) * D + q * 64 + tx,
-                       make_float4(acc[r][q][i][0], acc[r][q][i][1], acc[r][q][i][2], acc[r][q][i][3]));
+            for (int i = 0; i < 4; i++) {
+                emit(r * 64 + ty + i, q * 64 + tx, acc[r][q][i][0], acc[r][q][i][1]);
+                emit(r * 64 + ty + i, q * 64 + tx + 2, acc[r][q][i][2], acc[r][q][i][3]);
+            }
 }
 
-// The same through the matrix units: a warp computes 16 rows of S and D / kSplit of its columns.
-template <typename S, int D>
-__device__ void matrix_state(const tile_keys<bf16, D> &tile, int T, const float *reach_of, bf16 *keys, S *state,
-                             float4 *mass) {
-    constexpr int L = D + 8, kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+// The same of BF16 through the matrix units, by kBlock threads: a warp computes 16 rows of S and D / kSplit of its
+// columns.
+template <int D, int kBlock, typename Begin, typename Emit>
+__device__ void matrix_state(const tile_keys<bf16, D> &tile, int T, const float *reach_of, bf16 *keys, float4 *mass,
+                             Begin begin, Emit emit) {
+    constexpr int L = D + 8, kSplit = kBlock / 32 / (D / 16), kColumns = D / kSplit;
+    static_assert(kSplit > 0, "a warp for every 16 rows");
     bf16 *values = keys + kChunk * L;
     const int tid = threadIdx.x, lane = tid % 32, row = tid / 32 % (D / 16) * 16,
               column = tid / 32 / (D / 16) * kColumns;
-    float acc[kColumns / 8][4] = {};
+    float acc[kColumns / 8][4];
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n++) {
+        const float2 x = begin(row + lane / 4, column + 8 * n + lane % 4 * 2),
+                     y = begin(row + lane / 4 + 8, column + 8 * n + lane % 4 * 2);
+        acc[n][0] = x.x, acc[n][1] = x.y, acc[n][2] = y.x, acc[n][3] = y.y;
+    }
     for (int m0 = 0; m0 < T; m0 += kChunk) {
-        __syncthreads();
-#pragma unroll 4
-        for (int i = tid; i < kChunk * D / 4; i += kThreads) {
-            const int m = i / (D / 4), e = i % (D / 4) * 4;
-            const float reach = reach_of[m0 + m];
-            float4 k = tile.key(m0 + m, e);
-            k.x *= reach, k.y *= reach, k.z *= reach, k.w *= reach;
-            mass->x += k.x, mass->y += k.y, mass->z += k.z, mass->w += k.w;
-            store4(keys + m * L + e, k);
-            store4(values + m * L + e, tile.value(m0 + m, e));
-        }
-        __syncthreads();
+        stage_chunk<bf16, D, L, kBlock>(tile, reach_of, m0, keys, values, mass);
 #pragma unroll
         for (int m = 0; m < kChunk; m += 16) {
             uint32_t k[4];
@@ -103,23 +122,37 @@ __device__ void matrix_state(const tile_keys<bf16, D> &tile, int T, const float 
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n++) {
-        S *out = state + (row + lane / 4) * D + column + 8 * n + lane % 4 * 2;
-        store(out, acc[n][0]);
-        store(out + 1, acc[n][1]);
-        store(out + 8 * D, acc[n][2]);
-        store(out + 8 * D + 1, acc[n][3]);
+        emit(row + lane / 4, column + 8 * n + lane % 4 * 2, acc[n][0], acc[n][1]);
+        emit(row + lane / 4 + 8, column + 8 * n + lane % 4 * 2, acc[n][2], acc[n][3]);
     }
 }
 
-// z of feature threadIdx.x, where that is less than D. A thread has staged columns 4 (threadIdx.x % (D / 4)) + {0 .. 3}
-// of every kThreads / (D / 4)-th key. `shares` [kThreads] may be what the state was staged in.
-template <int D> __device__ float tile_mass(float4 staged, float4 *shares) {
+// Whichever of the two A asks for. Begin: nothing where there is nothing before the tile.
+struct from_zero {
+    __device__ __forceinline__ float2 operator()(int, int) const {
+        return make_float2(0, 0);
+    }
+};
+template <typename A, int D, int kBlock, typename Begin, typename Emit>
+__device__ __forceinline__ void tile_state(const tile_keys<A, D> &tile, int T, const float *reach_of, void *stage,
+                                           float4 *mass, Begin begin, Emit emit) {
+    if constexpr (std::is_same<A, float>::value) {
+        static_assert(kBlock == kThreads, "what plain_state is written for");
+        plain_state<D>(tile, T, reach_of, (float *)stage, mass, begin, emit);
+    } else {
+        matrix_state<D, kBlock>(tile, T, reach_of, (bf16 *)stage, mass, begin, emit);
+    }
+}
+
+// z of feature threadIdx.x, where that is less than D, from what the threads have staged. `shares` [kBlock] may be what
+// the state was staged in.
+template <int D, int kBlock> __device__ float tile_mass(float4 staged, float4 *shares) {
     __syncthreads();
     shares[threadIdx.x] = staged;
     __syncthreads();
     double mass = 0;
     if (threadIdx.x < D)
-        for (int i = 0; i < kThreads / (D / 4); i++)
+        for (int i = 0; i < kBlock / (D / 4); i++)
             mass += (double)((const float *)shares)[i * D + threadIdx.x];
     return (float)mass;
 }

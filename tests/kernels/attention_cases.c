@@ -100,7 +100,8 @@ static ts_status cache_create(run *r) {
     TS_TRY(take(r, n * T * sizeof(double), &layer->open_c));
     TS_TRY(take(r, n * d * sizeof(float), &layer->query_sum));
     TS_TRY(take(r, n * sizeof(double), &layer->decay_end));
-    TS_TRY(take(r, n * d * d * sizeof(float), &layer->state));
+    TS_TRY(take(r, n * d * d * ts_dtype_bytes(r->activation), &layer->state));
+    TS_TRY(take(r, n * d * d * sizeof(int16_t), &layer->state_rest));
     TS_TRY(take(r, n * d * sizeof(float), &layer->mass));
     TS_TRY(take(r, n * 2 * sizeof(int64_t), &layer->pairs));
     TS_TRY(take(r, n * sizeof(int32_t), &layer->n_held));

@@ -150,19 +150,20 @@ struct Cache {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
         layer.open_dtype = TS_BF16;
-        const size_t bytes[] = {n * c.T * c.d * 2, n * c.T * c.d * 2, n * c.T * 8, n * 8,
-                                n * c.d * c.d * 4, n * c.d * 4,       n * 16,      n * c.T * 4};
-        void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v,   (void **)&layer.open_c,
-                       (void **)&layer.decay_end, (void **)&layer.state,    (void **)&layer.mass,
-                       (void **)&layer.pairs,     (void **)&layer.open_gate};
-        for (int i = 0; i < 8; i++) {
+        const size_t bytes[] = {n * c.T * c.d * 2, n * c.T * c.d * 2, n * c.T * 8, n * 8,      n * c.d * c.d * 2,
+                                n * c.d * c.d * 2, n * c.d * 4,       n * 16,      n * c.T * 4};
+        void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
+                       (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.state_rest,
+                       (void **)&layer.mass,      (void **)&layer.pairs,  (void **)&layer.open_gate};
+        for (int i = 0; i < 9; i++) {
             CUDA(cudaMalloc(to[i], bytes[i]));
             CUDA(cudaMemset(*to[i], 0, bytes[i]));
         }
     }
     ~Cache() {
         cudaFree(layer.open_k), cudaFree(layer.open_v), cudaFree(layer.open_c), cudaFree(layer.decay_end);
-        cudaFree(layer.state), cudaFree(layer.mass), cudaFree(layer.pairs), cudaFree(layer.open_gate);
+        cudaFree(layer.state), cudaFree(layer.state_rest), cudaFree(layer.mass), cudaFree(layer.pairs),
+            cudaFree(layer.open_gate);
     }
 };
 
@@ -251,7 +252,13 @@ static bool check(const Case &c, const ts_cuda_attention_dense_plan &plan, const
     auto y = run_calls(c, rows, cache, plan, all);
     Errors e_y, e_state, e_mass, e_open, e_c, e_end;
     double worst = 0;
-    auto state = to_host(cache.layer.state, (size_t)n_sequences * c.KV * c.d * c.d);
+    auto rounded = to_host((const uint16_t *)cache.layer.state, (size_t)n_sequences * c.KV * c.d * c.d);
+    auto rest = to_host(cache.layer.state_rest, rounded.size());
+    std::vector<float> state(rounded.size());
+    for (size_t i = 0; i < state.size(); i++) {
+        const uint32_t bits = ((uint32_t)rounded[i] << 16) + (uint32_t)(int32_t)rest[i];
+        std::memcpy(&state[i], &bits, sizeof bits);
+    }
     auto mass = to_host(cache.layer.mass, (size_t)n_sequences * c.KV * c.d);
     auto open_k = to_host((const __nv_bfloat16 *)cache.layer.open_k, (size_t)n_sequences * c.KV * c.T * c.d);
     auto open_v = to_host((const __nv_bfloat16 *)cache.layer.open_v, (size_t)n_sequences * c.KV * c.T * c.d);
@@ -344,7 +351,8 @@ static void time_shape(int d, int64_t n, int capability, const cudaDeviceProp &d
     void *workspace;
     CUDA(cudaMalloc(&workspace, n_bytes));
     auto clear = [&] {
-        CUDA(cudaMemsetAsync(cache.layer.state, 0, (size_t)16 * d * d * 4));
+        CUDA(cudaMemsetAsync(cache.layer.state, 0, (size_t)16 * d * d * 2));
+        CUDA(cudaMemsetAsync(cache.layer.state_rest, 0, (size_t)16 * d * d * 2));
         CUDA(cudaMemsetAsync(cache.layer.mass, 0, (size_t)16 * d * 4));
     };
     clear();

@@ -89,7 +89,7 @@ struct cache {
         take(&layer.open_c, n * T * 8);
         take(&layer.query_sum, n * d * 4);
         take(&layer.decay_end, n * 8);
-        take(&layer.state, n * d * d * 4);
+        take((char **)&layer.state, n * d * d * 2);
         take(&layer.mass, n * d * 4);
         take(&layer.pairs, n * 16);
         take(&layer.n_held, n * 4);

@@ -261,7 +261,7 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
     const int64_t most = row_counts[N_ROW_COUNTS - 1], N = c->N, K = c->K;
     const ts_dtype y_dtype = c->wide_y ? TS_F32 : activation;
     float *x = case_values(seed, most * K, 0.1, 1, activation), *w = case_values(seed + 1, N * K, 0.02, 0.2, c->w);
-    float *b = case_values(seed + 2, N, 0, 1, TS_F32), *full = NULL;
+    float *b = case_values(seed + 2, N, 0, 1, y_dtype), *full = NULL;
     double *expected = wide(most * N);
     for (int64_t m = 0; m < most; m++)
         for (int64_t n = 0; n < N; n++) {
@@ -275,7 +275,7 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
     ts_tensor tx, tw, tb = {0};
     ts_status status = case_upload(device, x, most, K, K, activation, &tx);
     status = status ? status : case_upload_weight(device, w, N, K, c->w, &tw);
-    status = status ? status : case_upload(device, b, 1, N, N, TS_F32, &tb);
+    status = status ? status : case_upload(device, b, 1, N, N, y_dtype, &tb);
     for (int i = N_ROW_COUNTS - 1; i >= 0 && status == TS_OK; i--) {
         const int64_t M = row_counts[i];
         ts_tensor y;

@@ -170,7 +170,7 @@ static int pieces_of(const ts_tile_cache *cache, const ts_tile_cache_shape *shap
     ROW(open_c, T);
     ROW(query_sum, d);
     ROW(decay_end, 1);
-    ROW(state, d * d);
+    out[n++] = (piece){(char *)layer->state + at * d * d * sizeof(float), KV * d * d * sizeof(float)};
     ROW(mass, d);
     ROW(pairs, 2);
     ROW(n_held, 1);
@@ -271,7 +271,7 @@ Test(tile_cache, a_reused_row_begins_from_zero) {
             cr_assert_eq(layer->n_held[at], 0);
             cr_assert(layer->pairs[2 * at] == 0 && layer->pairs[2 * at + 1] == 0);
             for (int32_t i = 0; i < 64 * 64; i++)
-                cr_assert_eq(layer->state[at * 64 * 64 + i], 0);
+                cr_assert_eq(((float *)layer->state)[at * 64 * 64 + i], 0);
             for (int32_t i = 0; i < 64; i++)
                 cr_assert_eq(layer->mass[at * 64 + i], 0);
             cr_assert_eq(history->open_mass[at], 0);
@@ -321,6 +321,35 @@ Test(tile_cache, bytes_of_pages_and_sequences) {
     // The open tile, the query sum, the decay, the selected state and mass, the pairs, the number of tiles held.
     cr_assert_eq(ts_tile_cache_sequence_bytes(&shape),
                  4 * (2 * 64 * 64 * 4 + 64 * 8 + 64 * 4 + 8 + 64 * 64 * 4 + 64 * 4 + 16 + 4));
+}
+
+// Open tile and S^ in BF16, and a gate a token; in dense form what BF16 leaves out of S^ stands beside it.
+Test(tile_cache, bytes_of_bf16_sequences) {
+    ts_tile_cache_shape shape = dense, sparse = sparse_shape(0, 1, 2, 1);
+    shape.open_dtype = sparse.open_dtype = TS_BF16;
+    const size_t rest = 64 * 4 + 64 * 8 + 64 * 4 + 8 + 64 * 4 + 16 + 4, open = 2 * 64 * 64 * 2;
+    cr_assert_eq(ts_tile_cache_sequence_bytes(&sparse), 4 * (open + rest + 64 * 64 * 2));
+    cr_assert_eq(ts_tile_cache_sequence_bytes(&shape), 4 * (open + rest + 64 * 64 * 4));
+}
+
+Test(tile_cache, a_reused_row_of_bf16_begins_from_zero) {
+    ts_tile_cache_shape shape = dense;
+    shape.open_dtype = TS_BF16;
+    ts_tile_cache *cache = create(&shape, 2, 0);
+    const ts_tile_cache_layer *layer = ts_tile_cache_layer_at(cache, 1);
+    OPEN(cache, 0, 64);
+    OPEN(cache, 1, 64);
+    const size_t row = (size_t)shape.n_kv_heads * 64 * 64;
+    memset(layer->state, 1, 2 * row * sizeof(uint16_t));
+    memset(layer->state_rest, 1, 2 * row * sizeof(int16_t));
+    ts_tile_cache_close(cache, 1);
+    OPEN(cache, 1, 64);
+    for (size_t i = 0; i < 2 * row; i++) {
+        const uint16_t expected = i < row ? 0x0101 : 0;
+        cr_assert_eq(((const uint16_t *)layer->state)[i], expected, "S^ at %zu", i);
+        cr_assert_eq(layer->state_rest[i], expected, "the rest of S^ at %zu", i);
+    }
+    ts_tile_cache_free(cache);
 }
 
 Test(tile_cache, plan_of_a_dense_model) {
