@@ -170,7 +170,7 @@ typedef struct ts_cross_entropy_args {
 // presence and frequency penalty for those generated `times` > 0 times; bias; -infinity.
 typedef enum ts_sample_change_kind { TS_SAMPLE_PENALTY, TS_SAMPLE_BIAS, TS_SAMPLE_BAN } ts_sample_change_kind;
 typedef struct ts_sample_change {
-    int32_t token, kind; // a token has at most one of each kind
+    int32_t token, kind; // a token has at most one penalty and one bias
     int32_t times;       // TS_SAMPLE_PENALTY
     float bias;          // TS_SAMPLE_BIAS
 } ts_sample_change;

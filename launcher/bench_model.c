@@ -25,14 +25,19 @@ typedef struct model_bench {
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
     ts_decode_graphs *graphs;
-    ts_device_sampler *sampler; // NULL where the device has none: a step then ends with its logits
-    int32_t *tokens;            // [chunk]
-    double *values[2];          // [repeats] each
+    ts_device_sampler *sampler;     // NULL where the device has none: a step then ends with its logits
+    int32_t *tokens;                // [chunk]
+    double *values[2];              // [repeats] each
+    ts_sampler_row row;             // of every sequence: greedy
+    const ts_sampler_row **sampled; // [rows]
+    ts_next_token *next;            // [rows]
 } model_bench;
 
 static void model_bench_free(model_bench *b) {
     free(b->tokens);
     free(b->values[0]);
+    free(b->sampled);
+    free(b->next);
     ts_device_sampler_free(b->sampler);
     ts_decode_graphs_free(b->graphs);
     ts_batch_buffer_free(b->buffer);
@@ -47,10 +52,15 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     const int64_t max_rows = chunk > rows ? chunk : rows;
     shape.open_dtype = launch->device->compute_dtype;
     shape.slot_dtype = launch->device->slot_dtype;
-    *b = (model_bench){.launch = launch, .chunk = chunk};
+    *b = (model_bench){.launch = launch, .chunk = chunk, .row = {.params = ts_sampling_params_default()}};
+    b->row.params.temperature = 0;
+    b->sampled = malloc((size_t)rows * sizeof *b->sampled);
+    b->next = malloc((size_t)rows * sizeof *b->next);
     b->tokens = malloc((size_t)chunk * sizeof *b->tokens);
     b->values[0] = malloc(2 * (size_t)repeat * sizeof **b->values);
-    TS_CHECK(b->tokens && b->values[0], TS_ERR_MEMORY, "bench: out of memory");
+    TS_CHECK(b->tokens && b->values[0] && b->sampled && b->next, TS_ERR_MEMORY, "bench: out of memory");
+    for (int64_t i = 0; i < rows; i++)
+        b->sampled[i] = &b->row;
     b->values[1] = b->values[0] + repeat;
     TS_TRY(ts_tile_cache_create(launch->device, &shape, (int32_t)n_sequences,
                                 n_sequences * ts_tile_cache_pages_for(&shape, n_tokens), &b->cache));
@@ -183,21 +193,12 @@ static ts_status decode_step(model_bench *b, const ts_batch *batch) {
     ts_status status = TS_OK;
     const int32_t n = (int32_t)batch->n_rows;
     ts_tensor logits;
-    ts_next_token *next = malloc((size_t)n * sizeof *next);
-    const ts_sampler_row **rows = malloc((size_t)n * sizeof *rows);
-    ts_sampler_row row = {.params = ts_sampling_params_default()};
-    TS_CHECK(next && rows, TS_ERR_MEMORY, "bench: out of memory");
-    row.params.temperature = 0;
-    for (int32_t i = 0; i < n; i++)
-        rows[i] = &row;
     if (b->sampler)
-        TS_TRY(ts_device_sampler_prepare(b->sampler, rows, n));
+        TS_TRY(ts_device_sampler_prepare(b->sampler, b->sampled, n));
     TS_TRY(ts_decode_graphs_run(b->graphs, batch, &logits));
     if (b->sampler)
-        TS_TRY(ts_device_sampler_collect(b->sampler, rows, n, next));
+        TS_TRY(ts_device_sampler_collect(b->sampler, b->sampled, n, b->next));
 done:
-    free(next);
-    free(rows);
     return status;
 }
 

@@ -186,7 +186,9 @@ ts_status ts_command_bench(ts_launch *launch, int argc, char **argv) {
     TS_CHECK(mode, TS_ERR_INVALID, "bench: what to time is missing: bench prefill, bench decode or bench kernel");
     TS_TRY(choose_weights(&options, &shared));
     TS_CHECK(mode->needs_model || ts_group_size(launch->world) == 1, TS_ERR_INVALID,
-             "bench kernel: %d ranks; it times one rank's kernels", ts_group_size(launch->world));
+             "bench kernel: started on %d ranks; it times the kernels of one device: start it without mpirun, or with "
+             "mpirun -n 1",
+             ts_group_size(launch->world));
     launch->agreed = false;
     TS_TRY(mode->needs_model ? ts_launch_model(launch, &shared, false) : ts_launch_device(launch, &shared));
     TS_TRY(mode->measure(launch, &shared, &options, &result));

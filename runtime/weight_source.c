@@ -99,15 +99,6 @@ static void widen(float *out, const char *in, ts_dtype dtype, int64_t n) {
     }
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-static uint16_t narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x)
-        return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 void ts_weight_tensor_read(const ts_weight_tensor *tensor, int64_t row, int64_t col, int64_t n, ts_dtype dtype,
                            void *out) {
     enum { BLOCK = 1024 };
@@ -126,7 +117,7 @@ void ts_weight_tensor_read(const ts_weight_tensor *tensor, int64_t row, int64_t 
         else
             ts_weight_random_draw(tensor, first + done, size, wide);
         for (int64_t i = 0; i < size; i++) {
-            const uint16_t half = narrow(wide[i]);
+            const uint16_t half = ts_bf16_from_f32(wide[i]);
             // Drawn numbers are BF16 in whatever dtype one asks for.
             const float value = data ? wide[i] : ts_bf16_to_f32(half);
             if (dtype == TS_F32)

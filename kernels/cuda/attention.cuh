@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/warp_matrix.cuh"
 
 #include <cuda_fp8.h>
 #include <float.h>
@@ -93,6 +94,11 @@ template <typename A> struct raw_state<A, fp8> { using type = A; };
             TS_ATTENTION_DISPATCH_SLOTS(launch, ts::bf16, 128, stream, a);                                             \
     } while (0)
 
+// Eq. (1) as the activations' precision asks for it.
+template <typename A> __device__ __forceinline__ float phi(float x) {
+    return sizeof(A) == 4 ? elu1(x) : elu1_fast(x);
+}
+
 // One row of qkvg.
 template <typename A> struct token_row { const A *q, *k, *v, *key_gate, *decay_gate; };
 
@@ -147,7 +153,7 @@ template <typename A, int D> struct tile_keys {
             return load4(open_k + m * D + e);
         const float4 x = open_k ? load4(open_k + m * D + e) : load4(k + m * stride + e);
         const float g = open_k ? open_gate[m] : gate[m];
-        return make_float4(g * elu1(x.x), g * elu1(x.y), g * elu1(x.z), g * elu1(x.w));
+        return make_float4(g * phi<A>(x.x), g * phi<A>(x.y), g * phi<A>(x.z), g * phi<A>(x.w));
     }
     __device__ float4 value(int m, int e) const {
         return open_v ? load4(open_v + m * D + e) : load4(v + m * stride + e);

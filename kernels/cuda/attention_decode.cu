@@ -2,8 +2,9 @@
 // sequence and KV head, so that nothing depends on the batch.
 //
 // Bound by reading S^ and the open tile once. A thread asks for its 16 bytes of every row it has a part in before it
-// waits for any: they stay in registers, so that no byte passes through shared memory. A warp owns 16 features of S^
-// and its share of the tile's tokens, for all columns of v; a row lies across kLanes neighbouring lanes.
+// waits for any, and no thread reads another's. Where S^ and tile are small (D 64, BF16) they go to shared memory as
+// asynchronous copies, which take no registers, so that more blocks share a multiprocessor; else to registers. A row
+// lies across kLanes neighbouring lanes of a warp.
 //
 // Under BF16 activations S^ is read as BF16, as prefill reads it for the same product. In dense form a token that
 // completes its tile closes it here, eqs. (6) to (8), and there S^ is taken and left in f32 (split_float.cuh).
@@ -41,11 +42,11 @@ template <typename A, int D, int T> struct decode_shape : decode_arithmetic<A> {
     static constexpr int kWarps = sizeof(A) == 4 || D == 128 ? 8 : 4;
     static constexpr int kThreads = 32 * kWarps, kParts = kWarps * kRows;
     static constexpr int kStateRows = D / kParts, kTileRows = T / kParts; // of a lane
-#ifndef DB
-#    define DB 6
-#endif
-    static constexpr int kBlocks = kWarps == 4 ? 5 : sizeof(A) == 4 ? 1 : 2; // of a multiprocessor
-    static constexpr int kSumBytes = 2 * kParts * D * (int)sizeof(float);
+    static constexpr bool kShared = kWarps == 4;                          // holds its rows in shared memory
+    static constexpr int kBlocks = kShared ? 7 : sizeof(A) == 4 ? 1 : 2;  // of a multiprocessor
+    static constexpr int kSumBytes = kParts * D * (int)sizeof(float);
+    static constexpr int kRowBytes = !kShared ? 0 : (kStateRows + 2 * kTileRows) * kThreads * 16;
+    static_assert(kTileRows % 2 == 0, "rows are taken two at a time");
     static_assert(kTileRows * kRows <= 32, "a lane for every token of its warp");
     static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
 };
@@ -59,12 +60,50 @@ template <int n> __device__ __forceinline__ void unpack_row(const uint4 &raw, fl
     }
 }
 
-// Keeps the compiler from unpacking rows once for all query heads, for which there are no registers.
-template <int n> __device__ __forceinline__ void keep_packed(uint4 (&rows)[n]) {
+// A thread's 16 bytes of n rows: in shared memory, where those of one row lie side by side.
+template <typename A, int n, int kThreads, bool kShared> struct row_parts {
+    uint4 *at;
+
+    __device__ __forceinline__ row_parts(uint4 *shared) : at(shared + threadIdx.x) {
+    }
+    // Zero where `there` is false.
+    __device__ __forceinline__ void ask(int i, const A *from, bool there) {
+        ts::copy_async(at + i * kThreads, from, there ? 16 : 0);
+    }
+    __device__ __forceinline__ uint4 get(int i) const {
+        return at[i * kThreads];
+    }
+    __device__ __forceinline__ void set(int i, const uint4 &x) {
+        at[i * kThreads] = x;
+    }
+    __device__ __forceinline__ void keep_packed() {
+    }
+};
+
+// In registers.
+template <typename A, int n, int kThreads> struct row_parts<A, n, kThreads, false> {
+    uint4 rows[n];
+
+    __device__ __forceinline__ row_parts(uint4 *) {
+    }
+    __device__ __forceinline__ void ask(int i, const A *from, bool there) {
+        rows[i] = make_uint4(0, 0, 0, 0);
+        if (there)
+            rows[i] = __ldcg((const uint4 *)from);
+    }
+    __device__ __forceinline__ uint4 get(int i) const {
+        return rows[i];
+    }
+    __device__ __forceinline__ void set(int i, const uint4 &x) {
+        rows[i] = x;
+    }
+    // Keeps the compiler from unpacking rows once for all query heads, for which there are no registers.
+    __device__ __forceinline__ void keep_packed() {
 #pragma unroll
-    for (int i = 0; i < n; i++)
-        asm volatile("" : "+r"(rows[i].x), "+r"(rows[i].y), "+r"(rows[i].z), "+r"(rows[i].w));
-}
+        for (int i = 0; i < n; i++)
+            asm volatile("" : "+r"(rows[i].x), "+r"(rows[i].y), "+r"(rows[i].z), "+r"(rows[i].w));
+    }
+};
 
 // Part of q^ . k^ but for the key's gate where that is not in k^ (BF16).
 __device__ __forceinline__ float part_of_dot(const float (&q)[4], const uint4 &key) {
@@ -96,18 +135,14 @@ __device__ __forceinline__ uint4 opened(float gate, const uint4 &raw, const ts::
 
 // S^ and z^ of the tile that follows.
 template <typename A, int D, int T>
-__device__ void close_tile(const ts_cuda_attention &a, const ts_span &span, int j, double c_now, float before,
-                           float *reach_of) {
+__device__ void close_tile(const ts_cuda_attention &a, int index, const ts_span &span, int j, double c_now,
+                           float before, float *reach_of) {
     extern __shared__ float4 stage[];
     constexpr int kThreads = decode_shape<A, D, T>::kThreads;
     const int tid = threadIdx.x;
     const int64_t tile = span.position / T, head = ts::head_of(a, span.sequence, j);
-    const ts_cuda_piece piece = {.span = (int32_t)blockIdx.x,
-                                 .sequence = span.sequence,
-                                 .n_tokens = 1,
-                                 .first = T - 1,
-                                 .row = span.row,
-                                 .tile = tile};
+    const ts_cuda_piece piece = {
+        .span = index, .sequence = span.sequence, .n_tokens = 1, .first = T - 1, .row = span.row, .tile = tile};
     const ts::tile_keys<A, D> keys(a, piece, j);
     const float reach = ts::reach_of(c_now);
     __syncthreads(); // the token is in the open tile
@@ -149,50 +184,53 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
     constexpr int kVector = shape::kVector, kLanes = shape::kLanes, kRows = shape::kRows, kWarps = shape::kWarps;
     constexpr int kStateRows = shape::kStateRows, kTileRows = shape::kTileRows, kParts = shape::kParts;
     extern __shared__ float4 stage[];
-    auto &sums = *(float(*)[2][kParts][D])stage;
-    __shared__ float queries[kHeadsAtOnce][D], below_of[2][kWarps], reach_of[T], new_gate;
+    auto &sums = *(float(*)[kParts][D])stage;
+    __shared__ float queries[kHeadsAtOnce][D], below_of[kWarps], reach_of[T], new_gate;
     __shared__ double new_c;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, column = lane % kLanes * kVector;
     const int first = warp * kRows + lane / kLanes; // of this lane's rows, which lie kParts apart
-    const int j = blockIdx.y, group = a.cache.n_heads / a.cache.n_kv_heads;
-    const ts_span span = a.spans[blockIdx.x];
+    const int index = blockIdx.x / a.cache.n_kv_heads, j = blockIdx.x - index * a.cache.n_kv_heads;
+    const int group = a.cache.n_heads / a.cache.n_kv_heads;
+    const ts_span span = a.spans[index];
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % T);
-    const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
     const A *state_at = (const A *)a.cache.state + head * D * D + first * D + column;
     A *open_k = (A *)a.cache.open_k + head * T * D + first * D + column;
     A *open_v = (A *)a.cache.open_v + head * T * D + first * D + column;
     double *open_c = a.cache.open_c + head * T;
     float *open_gate = sizeof(A) < 4 ? a.cache.open_gate + head * T : NULL;
+    const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
     // What the block waits for first is asked for first.
     const A *queries_at = row.q + j * group * D;
     const A first_query = queries_at[min(tid, group * D - 1)];
-    double c_before = 0;
     A logit;
+    double c_before = 0;
     if (tid == 0) {
         logit = row.decay_gate[j];
         c_before = n > 0 ? open_c[n - 1] : 0.0;
     } else if (tid == 32) {
         logit = row.key_gate[j];
     }
-    uint4 state[kStateRows], keys[kTileRows], values[kTileRows];
     // Each lane weighs one of its warp's tokens: that of row lane / kRows of lane group lane % kRows.
     const int weighed = warp * kRows + lane % kRows + lane / kRows * kParts;
     const bool is_open = lane < kTileRows * kRows && weighed < n;
     double c_of_weighed = is_open ? open_c[weighed] : 0.0;
     const float gate_of_weighed = sizeof(A) < 4 && is_open ? open_gate[weighed] : 1.0f;
-    const A *new_k = row.k + j * D + column, *new_v = row.v + j * D + column;
+    uint4 *shared_rows = (uint4 *)((char *)stage + shape::kSumBytes);
+    row_parts<A, kStateRows, shape::kThreads, shape::kShared> state(shared_rows);
+    row_parts<A, kTileRows, shape::kThreads, shape::kShared> keys(shared_rows + kStateRows * shape::kThreads);
+    row_parts<A, kTileRows, shape::kThreads, shape::kShared> values(shared_rows +
+                                                                    (kStateRows + kTileRows) * shape::kThreads);
 #pragma unroll
     for (int i = 0; i < kStateRows; i++)
-        state[i] = __ldcg((const uint4 *)(state_at + i * kParts * D));
-        // Without branches, between which a thread would wait: rows after the new token's are that token again, and
-        // whatever stands in their place in the tile, with no weight.
+        state.ask(i, state_at + i * kParts * D, true);
 #pragma unroll
     for (int i = 0; i < kTileRows; i++) {
         const int m = first + i * kParts;
-        keys[i] = __ldcg((const uint4 *)(m < n ? open_k + i * kParts * D : new_k));
-        values[i] = __ldcg((const uint4 *)(m < n ? open_v + i * kParts * D : new_v));
+        keys.ask(i, m < n ? open_k + i * kParts * D : row.k + j * D + column, m <= n);
+        values.ask(i, m < n ? open_v + i * kParts * D : row.v + j * D + column, m <= n);
     }
+    ts::copy_commit();
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
     float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     const auto take_queries = [&](int h0) {
@@ -218,30 +256,32 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
                         : weighed == n ? (sizeof(A) < 4 ? new_gate : 1.0f)
                                        : 0.0f;
     float scale_of[kTileRows];
+    ts::copy_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTileRows; i++) {
         scale_of[i] = __shfl_sync(~0u, weigh, i * kRows + lane / kLanes);
         if (first + i * kParts == n) {
-            keys[i] = opened(new_gate, keys[i], (const A *)NULL);
-            *(uint4 *)(open_k + i * kParts * D) = keys[i];
-            *(uint4 *)(open_v + i * kParts * D) = values[i];
+            keys.set(i, opened(new_gate, keys.get(i), (const A *)NULL));
+            *(uint4 *)(open_k + i * kParts * D) = keys.get(i);
+            *(uint4 *)(open_v + i * kParts * D) = values.get(i);
         }
     }
 #pragma unroll 1
     for (int h = 0; h < group; h++) {
-        const int buffer = h % 2; // the other one may still be read
-        if (h > 0 && h % kHeadsAtOnce == 0) {
-            __syncthreads();
-            take_queries(h);
-            __syncthreads();
+        if (h > 0) {
+            __syncthreads(); // the sums have been read
+            if (h % kHeadsAtOnce == 0) {
+                take_queries(h);
+                __syncthreads();
+            }
         }
         const float *query = queries[h % kHeadsAtOnce];
-        keep_packed(state), keep_packed(keys), keep_packed(values);
+        state.keep_packed(), keys.keep_packed(), values.keep_packed();
         float acc[kVector] = {}, x[kVector], below = 0;
 #pragma unroll
         for (int i = 0; i < kStateRows; i++) {
             const float weight = reach * query[first + i * kParts];
-            unpack_row(state[i], x);
+            unpack_row(state.get(i), x);
 #pragma unroll
             for (int e = 0; e < kVector; e++)
                 acc[e] += weight * x[e];
@@ -256,52 +296,60 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
             const float4 four = ts::load4(query + column + e);
             q[e] = four.x, q[e + 1] = four.y, q[e + 2] = four.z, q[e + 3] = four.w;
         }
+        // Two rows at a time, whose sums over lanes do not wait for each other.
 #pragma unroll
-        for (int i = 0; i < kTileRows; i++) {
+        for (int i = 0; i < kTileRows; i += 2) {
             if (warp * kRows + i * kParts > n) // no token in the whole warp
                 break;
-            float dot = part_of_dot(q, keys[i]);
+            float dots[2] = {part_of_dot(q, keys.get(i)), part_of_dot(q, keys.get(i + 1))};
 #pragma unroll
             for (int step = kLanes / 2; step > 0; step /= 2)
-                dot += __shfl_xor_sync(~0u, dot, step);
-            const float weight = dot * scale_of[i];
-            below += column == 0 ? weight : 0.0f;
-            unpack_row(values[i], x);
 #pragma unroll
-            for (int e = 0; e < kVector; e++)
-                acc[e] += weight * x[e];
+                for (int r = 0; r < 2; r++)
+                    dots[r] += __shfl_xor_sync(~0u, dots[r], step);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float weight = dots[r] * scale_of[i + r];
+                below += column == 0 ? weight : 0.0f;
+                unpack_row(values.get(i + r), x);
+#pragma unroll
+                for (int e = 0; e < kVector; e++)
+                    acc[e] += weight * x[e];
+            }
         }
         below = ts::warp_sum(below);
         if (lane == 0)
-            below_of[buffer][warp] = below;
+            below_of[warp] = below;
 #pragma unroll
         for (int e = 0; e < kVector; e += 4)
-            ts::store4(&sums[buffer][first][column + e], make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]));
+            ts::store4(&sums[first][column + e], make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]));
         __syncthreads();
         if (tid < D) {
             float y = 0, mass_below = a.normalizer_eps;
 #pragma unroll
             for (int i = 0; i < kParts; i++)
-                y += sums[buffer][i][tid];
+                y += sums[i][tid];
 #pragma unroll
             for (int i = 0; i < kWarps; i++)
-                mass_below += below_of[buffer][i];
+                mass_below += below_of[i];
             ts::store((A *)a.y.data + span.row * a.y.stride + (j * group + h) * D + tid, shape::ratio(y, mass_below));
         }
     }
     if (tid < D)
         a.cache.query_sum[head * D + tid] = query_sum;
     if (!a.cache.is_sparse && n == T - 1)
-        close_tile<A, D, T>(a, span, j, c_now, mass, reach_of);
+        close_tile<A, D, T>(a, index, span, j, c_now, mass, reach_of);
 }
 
 template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
     using shape = decode_shape<A, D, T>;
     constexpr int closing = ts::kStateStage<A, D>;
-    const int bytes = a->cache.is_sparse || closing < shape::kSumBytes ? shape::kSumBytes : closing;
-    const dim3 grid((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads);
+    constexpr int token = shape::kSumBytes + shape::kRowBytes;
+    const int bytes = a->cache.is_sparse || closing < token ? token : closing;
+    static_assert(token <= 163 << 10 && closing <= 163 << 10, "what a block may have on an A100");
+    const unsigned n_blocks = (unsigned)a->pieces.n_spans * (unsigned)a->cache.n_kv_heads;
     (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    decode_kernel<A, D, T><<<grid, shape::kThreads, bytes, stream>>>(*a);
+    decode_kernel<A, D, T><<<n_blocks, shape::kThreads, bytes, stream>>>(*a);
 }
 
 template <typename A> void launch(cudaStream_t stream, const ts_cuda_attention *a) {

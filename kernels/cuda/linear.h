@@ -30,7 +30,8 @@ typedef struct ts_cuda_linear_key {
 struct ts_cuda_linear_plan {
     ts_cuda_linear_key key;
     bool exists; // false: cuBLASLt has no algorithm for the key
-    // In decode one for each class of row counts. All give a row the same bits (I3).
+    cublasLtMatmulAlgo_t reference;
+    // In decode one for each class of row counts. All give a row the reference's bits (I3).
     cublasLtMatmulAlgo_t algorithms[TS_CUDA_LINEAR_N_CLASSES];
 };
 
@@ -48,6 +49,10 @@ ts_status ts_cuda_linear_finish(cudaStream_t stream, const ts_tensor *y, const t
 
 // to[i] = from[i] in another dtype: F32, BF16 or F16 to F32 or BF16, matrix [rows, cols]; `to` without gaps.
 ts_status ts_cuda_linear_convert(cudaStream_t stream, const ts_tensor *from, void *to, ts_dtype dtype);
+
+// Fills a BF16 matrix with drawn numbers of both signs and eight magnitudes. Column k repeats in column k + cols / 2,
+// with the other sign where `cancels` is set; the last column of an odd number is zero.
+ts_status ts_cuda_linear_draw(cudaStream_t stream, const ts_tensor *out, bool cancels);
 
 // *n (device): elements of a whose bits are not those of the same element of b. a's rows and columns count.
 ts_status ts_cuda_linear_count_different(cudaStream_t stream, const ts_tensor *a, const ts_tensor *b, uint32_t *n);

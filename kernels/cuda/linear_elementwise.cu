@@ -1,5 +1,6 @@
 // What cuBLASLt does not do inside its product: bias and activation where no fused epilogue exists, and weights in a
-// dtype other than the activations'. Bound by memory. And what tells whether two algorithms give the same bits.
+// dtype other than the activations'. Bound by memory. And what it takes to tell whether two algorithms give the same
+// bits.
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/linear.h"
 
@@ -19,6 +20,19 @@ template <typename A, typename B>
 __global__ void convert_kernel(const A *from, int64_t stride, int64_t rows, int64_t cols, B *to) {
     for (int64_t i = blockIdx.x * (int64_t)kThreads + threadIdx.x; i < rows * cols; i += (int64_t)gridDim.x * kThreads)
         ts::store(to + i, ts::load(from + i / cols * stride + i % cols));
+}
+
+__global__ void draw_kernel(uint16_t *out, int64_t stride, int64_t cols, uint32_t sign_of_repeat) {
+    const int64_t half = cols / 2;
+    for (int64_t k = threadIdx.x; k < cols; k += kThreads) {
+        const bool repeats = k >= half;
+        uint32_t bits = (uint32_t)(blockIdx.x * half + (repeats ? k - half : k)) * 2654435769u;
+        bits = (bits ^ bits >> 15) * 2246822519u;
+        bits = (bits ^ bits >> 13) * 3266489917u;
+        bits ^= bits >> 16;
+        const uint32_t sign = (bits >> 10 & 1u) ^ (repeats ? sign_of_repeat : 0u), exponent = 127u - (bits >> 7 & 7u);
+        out[blockIdx.x * stride + k] = k < 2 * half ? (uint16_t)(sign << 15 | exponent << 7 | (bits & 127u)) : 0;
+    }
 }
 
 template <typename T>
@@ -64,6 +78,11 @@ ts_status ts_cuda_linear_convert(cudaStream_t stream, const ts_tensor *from, voi
     else
         convert<__half>(stream, from, to, dtype);
     return ts_cuda_status(cudaGetLastError(), "linear: conversion of weights");
+}
+
+ts_status ts_cuda_linear_draw(cudaStream_t stream, const ts_tensor *out, bool cancels) {
+    draw_kernel<<<(unsigned)out->rows, kThreads, 0, stream>>>((uint16_t *)out->data, out->stride, out->cols, cancels);
+    return ts_cuda_status(cudaGetLastError(), "linear: drawn operands");
 }
 
 ts_status ts_cuda_linear_count_different(cudaStream_t stream, const ts_tensor *a, const ts_tensor *b, uint32_t *n) {

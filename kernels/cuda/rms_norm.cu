@@ -7,14 +7,27 @@ namespace {
 
 constexpr int kMaxItems = 4; // vectors of four a thread holds
 
+// Exactly where h is F32, for validation.
+template <typename H> __device__ __forceinline__ float scale_of(float mean_square, double eps) {
+    if (sizeof(H) == 4)
+        return (float)(1.0 / sqrt((double)mean_square + eps));
+    return rsqrtf(mean_square + (float)eps);
+}
+
 template <typename R, typename H, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     norm_vectors(float *x, int64_t x_stride, const R *residual, int64_t residual_stride, const float *weight, int n,
                  double eps, H *h, int64_t h_stride) {
     __shared__ float parts[32];
     float *row = x + blockIdx.x * x_stride;
-    float4 v[kMaxItems];
+    float4 v[kMaxItems], w[kMaxItems];
     float sum = 0;
+#pragma unroll
+    for (int item = 0; item < kMaxItems; item++) {
+        const int i = 4 * ((int)threadIdx.x + item * kThreads);
+        if (i < n)
+            w[item] = ts::load4(weight + i);
+    }
 #pragma unroll
     for (int item = 0; item < kMaxItems; item++) {
         const int i = 4 * ((int)threadIdx.x + item * kThreads);
@@ -28,15 +41,15 @@ __global__ void __launch_bounds__(kThreads)
         }
         sum += v[item].x * v[item].x + v[item].y * v[item].y + v[item].z * v[item].z + v[item].w * v[item].w;
     }
-    const float scale = (float)(1.0 / sqrt((double)ts::block_sum(sum, parts) / n + eps));
+    const float scale = scale_of<H>(ts::block_sum(sum, parts) / (float)n, eps);
 #pragma unroll
     for (int item = 0; item < kMaxItems; item++) {
         const int i = 4 * ((int)threadIdx.x + item * kThreads);
         if (i >= n)
             continue;
-        const float4 w = ts::load4(weight + i);
-        ts::store4(h + blockIdx.x * h_stride + i, make_float4(v[item].x * scale * w.x, v[item].y * scale * w.y,
-                                                              v[item].z * scale * w.z, v[item].w * scale * w.w));
+        ts::store4(h + blockIdx.x * h_stride + i,
+                   make_float4(v[item].x * scale * w[item].x, v[item].y * scale * w[item].y,
+                               v[item].z * scale * w[item].z, v[item].w * scale * w[item].w));
     }
 }
 
@@ -52,7 +65,7 @@ __global__ void norm_any(float *x, int64_t x_stride, const R *residual, int64_t 
             row[i] = v += ts::load(residual + blockIdx.x * residual_stride + i);
         sum += v * v;
     }
-    const float scale = (float)(1.0 / sqrt((double)ts::block_sum(sum, parts) / n + eps));
+    const float scale = scale_of<H>(ts::block_sum(sum, parts) / (float)n, eps);
     for (int i = threadIdx.x; i < n; i += blockDim.x)
         ts::store(h + blockIdx.x * h_stride + i, row[i] * scale * weight[i]);
 }

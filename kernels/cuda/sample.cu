@@ -356,7 +356,7 @@ __device__ float raw_of(const ts_sample_args &a, const ts_sample_row &row, const
     return x[i];
 }
 
-// Penalties, bias and bans, in this order. A token has at most one change of each kind.
+// Penalties, bias and bans, in this order. A token has at most one penalty and one bias, and any number of bans.
 __device__ void adjust(const ts_sample_args &a, const ts_sample_row &row, float *x) {
     for (int kind = TS_SAMPLE_PENALTY; kind <= TS_SAMPLE_BAN; kind++) {
         for (int k = threadIdx.x; k < row.n_changes; k += kThreads) {

@@ -104,6 +104,13 @@ __device__ __forceinline__ void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// The same; n_bytes of 16, zero after them.
+__device__ __forceinline__ void copy_async(void *to, const void *from, int n_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(n_bytes)
+                 : "memory");
+}
+
 template <int kLeft> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }

@@ -34,4 +34,4 @@ tr -d '\n' <out | "$json_get" kernels.{0..18}.op >values
 tr -d '\n' <out | "$json_get" kernels.15.pairs_selected | grep -q '^[01]\.' || fail "no share of selected pairs"
 done_by 1 bench kernel $tiny --op rms_norm >table
 grep -q '^rms_norm .*\[256, 64\]' table && ! grep -q '^swiglu' table || fail "bench kernel --op: $(cat table)"
-refused 2 'it times one rank.s kernels' bench kernel --device cpu
+refused 2 'it times the kernels of one device' bench kernel --device cpu

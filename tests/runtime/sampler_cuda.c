@@ -80,6 +80,9 @@ typedef struct counts {
     int64_t n, n_different, n_wrong_logprobs;
 } counts;
 
+// Log-probabilities: both take logits in f32 less the log of an f64 sum, and round to f32 near -20: 2e-6.
+static const double tolerance = 1e-5;
+
 static void compare(const ts_next_token *host, const ts_next_token *device, const ts_sampling_params *params,
                     counts *c) {
     c->n++;
@@ -88,10 +91,10 @@ static void compare(const ts_next_token *host, const ts_next_token *device, cons
         return;
     bool same = host->n_top == device->n_top;
     if (host->token == device->token)
-        same = same && (fabs(host->logprob - device->logprob) < 1e-5 || host->logprob == device->logprob);
+        same = same && (fabs(host->logprob - device->logprob) < tolerance || host->logprob == device->logprob);
     for (int i = 0; same && i < host->n_top; i++)
-        same =
-            host->top[i].token == device->top[i].token && !(fabs(host->top[i].logprob - device->top[i].logprob) > 1e-5);
+        same = host->top[i].token == device->top[i].token &&
+               !(fabs(host->top[i].logprob - device->top[i].logprob) > tolerance);
     c->n_wrong_logprobs += !same;
 }
 
