@@ -1,5 +1,5 @@
-// The attention op of `tessera bench kernel`: prefill of one sequence in dense and in sparse form, and decode of many,
-// and the step of it that closes tiles.
+// The ops of `tessera bench kernel` that know sequences: rule 1 over a prompt; attention's prefill of one sequence in
+// dense and in sparse form, its decode of many, and the step of that which closes tiles.
 #include "launcher/bench_kernel.h"
 #include "runtime/batch.h"
 #include "runtime/tile_cache.h"
@@ -16,7 +16,8 @@ typedef struct attention_case {
     ts_batch_buffer **buffers; // [n_buffers]
     const ts_batch **batches;  // [n_buffers]
     int n_buffers;
-    int64_t position; // decode: of the sequence in row 0
+    int64_t position;   // decode: of the sequence in row 0
+    double *importance; // rule 1: [tiles completed, KV] device
     ts_tensor qkvg, y;
 } attention_case;
 
@@ -78,6 +79,71 @@ static ts_status reopen(ts_kernel_bench *b, void *context) {
     return ts_tile_cache_open(c->cache, 0, b->shape.tokens);
 }
 
+// One whole prompt as the batch of an empty sequence 0, which is opened.
+static ts_status take_prompt(ts_kernel_bench *b, attention_case *c) {
+    ts_status status = TS_OK;
+    const int64_t n = b->shape.tokens;
+    int32_t *tokens = calloc((size_t)n, sizeof *tokens); // no op here looks at them
+    TS_CHECK(tokens, TS_ERR_MEMORY, "bench kernel: out of memory");
+    ts_batch_buffer_clear(c->buffers[0], false);
+    TS_TRY(ts_batch_buffer_add(c->buffers[0], 0, 0, tokens, (int32_t)n));
+    TS_TRY(ts_batch_buffer_upload(c->buffers[0], &c->batches[0]));
+    TS_TRY(ts_tile_cache_open(c->cache, 0, n));
+done:
+    free(tokens);
+    return status;
+}
+
+static ts_status run_tile_importance(ts_kernel_bench *b, void *context, int64_t i) {
+    const attention_case *c = context;
+    return ts_op_tile_importance(b->device, &(ts_tile_importance_args){c->batches[0], c->qkvg, (int32_t)b->shape.heads,
+                                                                       (int32_t)b->shape.head_dim,
+                                                                       ts_tile_cache_history(c->cache), c->importance});
+}
+
+static ts_status run_tile_prune(ts_kernel_bench *b, void *context, int64_t i) {
+    const attention_case *c = context;
+    return ts_op_tile_prune(b->device,
+                            &(ts_tile_prune_args){c->batches[0], 1, c->importance, ts_tile_cache_history(c->cache)});
+}
+
+// Rule 1 for the tiles of a whole prompt: the importance of each, or which of them it prunes.
+static ts_status bench_rule_1(ts_kernel_bench *b, bool prunes) {
+    ts_status status = TS_OK;
+    const ts_bench_options *s = &b->shape;
+    ts_tile_cache_shape shape = cache_shape(b, true);
+    shape.sparsity.prune_ratio = 0.25;
+    const double n = (double)s->tokens, d = (double)s->head_dim, KV = (double)s->kv_heads, tiles = n / shape.tile_size;
+    // Keys and their gates; or what each head says of a tile, and what is remembered of it.
+    const double bytes =
+        prunes ? tiles * (KV * 8 + 9) : n * KV * (d + 1) * (double)ts_dtype_bytes(b->dtype) + tiles * KV * 8;
+    attention_case c;
+    void *data;
+    json_t *result;
+    char text[64];
+    TS_TRY(attention_case_create(b, s->tokens, 1, 1, s->tokens, &shape, s->tokens, 4.5f, &c));
+    TS_TRY(ts_kernel_bench_take(b, (int64_t)(tiles * KV * 8) + 8, &data));
+    c.importance = data;
+    TS_TRY(take_prompt(b, &c));
+    TS_TRY(run_tile_importance(b, &c, 0));
+    const ts_kernel_call call = {
+        .prepare = reopen, .run = prunes ? run_tile_prune : run_tile_importance, .context = &c, .n_calls = 1};
+    snprintf(text, sizeof text, "%lld tokens, %lld heads of %lld", (long long)s->tokens, (long long)s->kv_heads,
+             (long long)s->head_dim);
+    TS_TRY(ts_kernel_bench_time(b, prunes ? "tile_prune" : "tile_importance", text, bytes, 0, &call, &result));
+done:
+    attention_case_free(&c);
+    return status;
+}
+
+ts_status ts_bench_tile_importance(ts_kernel_bench *b) {
+    return bench_rule_1(b, false);
+}
+
+ts_status ts_bench_tile_prune(ts_kernel_bench *b) {
+    return bench_rule_1(b, true);
+}
+
 // A whole prompt in one call, from an empty sequence.
 static ts_status bench_attention_prefill(ts_kernel_bench *b, bool is_sparse) {
     ts_status status = TS_OK;
@@ -93,14 +159,7 @@ static ts_status bench_attention_prefill(ts_kernel_bench *b, bool is_sparse) {
     char text[96];
     // At a decay gate of about 4.5 a head remembers some sixty tiles, six in a hundred of 131,072 tokens' pairs.
     TS_TRY(attention_case_create(b, s->tokens, 1, 1, s->tokens, &shape, s->tokens, is_sparse ? 4.5f : 2.5f, &c));
-    int32_t *tokens = calloc((size_t)s->tokens, sizeof *tokens); // attention does not look at them
-    TS_CHECK(tokens, TS_ERR_MEMORY, "bench kernel: out of memory");
-    ts_batch_buffer_clear(c.buffers[0], false);
-    status = ts_batch_buffer_add(c.buffers[0], 0, 0, tokens, (int32_t)s->tokens);
-    free(tokens);
-    TS_TRY(status);
-    TS_TRY(ts_batch_buffer_upload(c.buffers[0], &c.batches[0]));
-    TS_TRY(ts_tile_cache_open(c.cache, 0, s->tokens));
+    TS_TRY(take_prompt(b, &c));
     const ts_kernel_call call = {.prepare = reopen, .run = run_attention, .context = &c, .n_calls = 1};
     if (is_sparse) { // how many states it adds up is known after a call
         TS_TRY(run_attention(b, &c, 0));

@@ -162,6 +162,8 @@ static const struct {
     {"linear", ts_bench_linear},
     {"swiglu", ts_bench_swiglu},
     {"gather_rows", ts_bench_gather_rows},
+    {"tile_importance", ts_bench_tile_importance},
+    {"tile_prune", ts_bench_tile_prune},
     {"attention", ts_bench_attention},
     {"cross_entropy", ts_bench_cross_entropy},
     {"sample", ts_bench_sample},
@@ -191,8 +193,8 @@ static ts_status complete_shape(ts_launch *launch, const ts_bench_options *optio
     for (size_t i = 0; i < sizeof ops / sizeof *ops; i++)
         is_known = is_known || strcmp(options->op, ops[i].name) == 0;
     TS_CHECK(is_known, TS_ERR_INVALID,
-             "--op is \"%s\"; embed, rms_norm, linear, swiglu, gather_rows, attention, cross_entropy and sample are "
-             "allowed",
+             "--op is \"%s\"; embed, rms_norm, linear, swiglu, gather_rows, tile_importance, tile_prune, attention, "
+             "cross_entropy and sample are allowed",
              options->op);
 done:
     launch->agreed = launch->agreed || status != TS_OK; // there is one rank

@@ -56,6 +56,8 @@ ts_status ts_bench_swiglu(ts_kernel_bench *b);
 ts_status ts_bench_gather_rows(ts_kernel_bench *b);
 ts_status ts_bench_cross_entropy(ts_kernel_bench *b);
 ts_status ts_bench_sample(ts_kernel_bench *b);
+ts_status ts_bench_tile_importance(ts_kernel_bench *b);
+ts_status ts_bench_tile_prune(ts_kernel_bench *b);
 ts_status ts_bench_attention(ts_kernel_bench *b);
 
 #endif

@@ -190,6 +190,8 @@ static ts_status create_device(ts_launch *launch, ts_launch_options *options, in
         launch->n_sharing = (launch->n_sharing + n_gpus - 1) / n_gpus;
     } else {
         TS_CHECK(!wants_bf16, TS_ERR_UNSUPPORTED, "--dtype is \"bf16\"; device cpu computes in: f32");
+        TS_CHECK(options->cuda_capability == 0, TS_ERR_UNSUPPORTED,
+                 "--cuda-kernels is \"sm_80\"; device cpu has none of those: leave it out, or --device cuda");
         TS_TRY(ts_cpu_device_create(options->n_threads > 0 ? options->n_threads : default_threads(launch->world),
                                     &launch->device));
     }

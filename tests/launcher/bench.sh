@@ -26,12 +26,12 @@ positive seconds tokens_per_second
 
 tiny="--device cpu --repeat 2 --tokens 256 --batch 3 --hidden 64 --heads 2 --kv-heads 1 --vocabulary 100"
 done_by 1 bench kernel $tiny --json >out
-positive kernels.{0..18}.seconds kernels.{0..18}.bytes kernels.{0..18}.share_of_copy
-tr -d '\n' <out | "$json_get" kernels.{0..18}.op >values
+positive kernels.{0..20}.seconds kernels.{0..20}.bytes kernels.{0..20}.share_of_copy
+tr -d '\n' <out | "$json_get" kernels.{0..20}.op >values
 [ "$(cat values)" = "$(printf '"%s"\t' copy embed rms_norm 'linear qkvg' 'linear o' 'linear up' 'linear down' \
-  'linear qkvg' 'linear o' 'linear up' 'linear down' 'linear head' swiglu gather_rows 'attention prefill dense' \
+  'linear qkvg' 'linear o' 'linear up' 'linear down' 'linear head' swiglu gather_rows tile_importance tile_prune 'attention prefill dense' \
   'attention prefill sparse' 'attention decode' 'attention decode sparse, closing')\"cross_entropy\"" ] || fail "bench kernel: $(cat values)"
-tr -d '\n' <out | "$json_get" kernels.15.pairs_selected | grep -q '^[01]\.' || fail "no share of selected pairs"
+tr -d '\n' <out | "$json_get" kernels.17.pairs_selected | grep -q '^[01]\.' || fail "no share of selected pairs"
 done_by 1 bench kernel $tiny --op rms_norm >table
 grep -q '^rms_norm .*\[256, 64\]' table && ! grep -q '^swiglu' table || fail "bench kernel --op: $(cat table)"
 refused 2 'it times the kernels of one device' bench kernel --device cpu

@@ -49,6 +49,7 @@ refused 1 'this build has: cpu' $run --device tpu
 refused 1 'f32 or, on cuda, bf16 are allowed' $run --dtype f64
 refused 1 'f32, bf16 or fp8 are allowed' $run --cache-dtype f16
 refused 1 'device cpu computes in: f32' $run --device cpu --dtype bf16
+refused 1 'device cpu has none of those' $run --device cpu --cuda-kernels sm_80
 refused 1 'start a multiple of 2 ranks' $run --tp 2
 refused 1 'eval: --text FILE is missing' eval --model $model
 refused 1 'nofile: cannot open the text' eval --model $model --text nofile
@@ -68,7 +69,7 @@ refused 1 'given together' bench decode --config $model
 refused 1 'given together' bench decode --model $model --random-weights 1
 refused 1 'one of the two is allowed' bench prefill --model $model --config $model --random-weights 1
 refused 1 '--random-weights is "x"; a whole number' bench prefill --config $model --random-weights x
-refused 1 '--op is "bogus"; embed, rms_norm, linear, swiglu, gather_rows, attention, cross_entropy and sample are allowed' bench kernel --op bogus
+refused 1 '--op is "bogus"; embed, rms_norm, linear, swiglu, gather_rows, tile_importance, tile_prune, attention, cross_entropy and sample are allowed' bench kernel --op bogus
 refused 1 '--kv-heads is "3"; a divisor of --heads' bench kernel --heads 4 --kv-heads 3
 refused 1 '--head-dim is "96"; 64 or 128 are allowed' bench kernel --head-dim 96
 refused 1 'inspect: --model DIR is missing' inspect
