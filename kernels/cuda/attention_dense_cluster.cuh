@@ -160,9 +160,7 @@ __device__ __forceinline__ void send_slices(ClusterShared &shared, int worker, i
         }
         if (lane < (int)sizeof(TileSlice) / 16)
             store_shared16(slice + 16 * lane, load_shared16(outbox + block * (uint32_t)sizeof(TileSlice) + 16 * lane));
-        __syncwarp();
-        if (lane == 0)
-            arrive(full);
+        arrive(full);
     }
     __syncwarp();
 }
@@ -407,8 +405,9 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
         for (int i = 0; i < kWorkers; i++)
             store_gates(a, logits[i], shared.gates[i][n_gated % kGateStages]);
         __syncwarp();
-        if (lane < kWorkers)
-            arrive(shared_address(&shared.gates_full[lane][n_gated % 2]));
+#pragma unroll
+        for (int i = 0; i < kWorkers; i++)
+            arrive(shared_address(&shared.gates_full[i][n_gated % 2]));
         __syncwarp();
         n_gated++;
     };
@@ -441,13 +440,14 @@ __global__ void __launch_bounds__(kClusterThreads, 1) dense_attention_cluster(co
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)
                          : "memory");
         };
-        begin(shared.inbox_full[0], 1 + kWorkers);
-        begin(shared.inbox_full[1], 1 + kWorkers);
+        // Every lane arrives for what it has written itself.
+        begin(shared.inbox_full[0], 1 + 32 * kWorkers);
+        begin(shared.inbox_full[1], 1 + 32 * kWorkers);
         for (int i = 0; i < kWorkers; i++) {
             begin(shared.state_full[i][0], 1);
             begin(shared.state_full[i][1], 1);
-            begin(shared.gates_full[i][0], 1);
-            begin(shared.gates_full[i][1], 1);
+            begin(shared.gates_full[i][0], 32);
+            begin(shared.gates_full[i][1], 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

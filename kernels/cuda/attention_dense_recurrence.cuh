@@ -13,7 +13,7 @@ constexpr int kWorkers = 3; // warpgroups of a block that have tiles
 constexpr int kWaveTiles = kClusterBlocks * kWorkers;
 constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
-constexpr int kPieceTiles = 3 * kWaveTiles;
+constexpr int kPieceTiles = 2 * kWaveTiles;
 constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
