@@ -41,9 +41,9 @@ typedef struct ts_batch {
 // Per sequence s and KV head j, at index (s * n_kv_heads + j):
 typedef struct ts_tile_cache_layer {
     int32_t n_heads, n_kv_heads, head_dim, tile_size;
-    // What every token reads is of open_dtype, as the activations are: the open tile, first position % T rows valid, and
-    // S^. F32: open_k is k^. BF16: it is W_k h, which BF16 holds exactly, and k^ = open_gate phi(open_k) is formed where
-    // it is read; rounding k^ would move z and what rules 2 and 3 decide by it.
+    // What every token reads is of open_dtype, as the activations are: the open tile, first position % T rows valid,
+    // and S^. F32: open_k is k^. BF16: it is W_k h, which BF16 holds exactly, and k^ = open_gate phi(open_k) is formed
+    // where it is read; rounding k^ would move z and what rules 2 and 3 decide by it.
     ts_dtype open_dtype;
     void *open_k;      // [T, d]
     void *open_v;      // [T, d]
@@ -55,9 +55,9 @@ typedef struct ts_tile_cache_layer {
     // [d, d] what BF16 left out of S^: its f32 bits are (state's << 16) + state_rest, and state is the nearest BF16.
     // The recurrence of the dense form carries S^ on, so it needs them all. BF16 in dense form only, else NULL.
     int16_t *state_rest;
-    float *mass;       // [d] z^ of the open tile
-    int64_t *pairs;    // [2] tile pairs available and selected so far
-    int32_t *n_held;   // [1] tiles held: slots 0 .. n_held - 1 of the sequence. Sparse form only, as all below
+    float *mass;     // [d] z^ of the open tile
+    int64_t *pairs;  // [2] tile pairs available and selected so far
+    int32_t *n_held; // [1] tiles held: slots 0 .. n_held - 1 of the sequence. Sparse form only, as all below
 
     bool is_sparse; // false: the dense recurrence; no tile is kept
     ts_sparsity sparsity;

@@ -2,13 +2,13 @@
 // outputs.
 //
 //     ts_cuda_attention_dense_plan plan;
-//     TS_TRY(ts_cuda_attention_dense_plan_create(&plan));                 // once per device; waits for nothing
-//     size_t n_bytes = ts_cuda_attention_dense_workspace(&args, &plan);   // grows with the batch up to a bound
-//     TS_TRY(ts_cuda_attention_dense(&args, &plan, workspace, n_bytes, stream)); // enqueued on the stream
+//     TS_TRY(ts_cuda_attention_dense_plan_create(&plan));               // once per device; waits for nothing
+//     size_t n_bytes = ts_cuda_attention_dense_workspace(&args, &plan); // grows with the batch up to a bound
+//     TS_TRY(ts_cuda_attention_dense(&args, &plan, workspace, n_bytes, stream));
 //
 // args->qkvg and args->y are BF16. Rows must begin at multiples of 16 bytes. Of the cache it reads and advances open_k,
-// open_v, open_gate, open_c, decay_end, state, state_rest, mass and pairs; query_sum and everything of the sparse form are left alone. Head
-// size 64 or 128; tile size 64, or 128 where the head size is 128.
+// open_v, open_gate, open_c, decay_end, state, state_rest, mass and pairs; query_sum and everything of the sparse form
+// are left alone. Head size 64 or 128; tile size 64, or 128 where the head size is 128.
 //
 // A row's value depends on its own sequence and on the position where the span begins, never on the rest of the batch.
 #ifndef TS_CUDA_ATTENTION_DENSE_H
