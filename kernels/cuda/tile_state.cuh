@@ -127,12 +127,14 @@ __device__ void matrix_state(const tile_keys<bf16, D> &tile, int T, const float 
     }
 }
 
-// Whichever of the two A asks for. Begin: nothing where there is nothing before the tile.
+// A `begin` for where there is nothing before the tile.
 struct from_zero {
     __device__ __forceinline__ float2 operator()(int, int) const {
         return make_float2(0, 0);
     }
 };
+
+// Whichever of the two A asks for.
 template <typename A, int D, int kBlock, typename Begin, typename Emit>
 __device__ __forceinline__ void tile_state(const tile_keys<A, D> &tile, int T, const float *reach_of, void *stage,
                                            float4 *mass, Begin begin, Emit emit) {
