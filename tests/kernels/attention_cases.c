@@ -369,6 +369,108 @@ static void case_run(ts_device *device, const attention_case *c, ts_dtype activa
     }
 }
 
+// ---- What a dense cache carries on: where tokens add nothing and nothing decays, S^ keeps every bit of f32, through
+// prefill, a span that ends within a tile, and decode.
+
+static const attention_case carried[] = {
+    {"S^ carried on, d 64", 2, 2, 64, 64, false, {0, 0, 0, 1, 0, 0}, {128}, 80, 30},
+    {"S^ carried on, d 128 T 64", 2, 1, 128, 64, false, {0, 0, 0, 1, 0, 0}, {128}, 80, 31},
+    {"S^ carried on, d 128 T 128", 1, 1, 128, 128, false, {0, 0, 0, 1, 0, 0}, {256}, 80, 32},
+};
+
+// S^ of the only sequence, to the cache or from it.
+static ts_status put_state(run *r, const float *state, size_t n) {
+    ts_status status = TS_OK;
+    uint16_t *high = malloc(n * sizeof *high);
+    int16_t *rest = malloc(n * sizeof *rest);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &state[i], sizeof bits);
+        high[i] = (uint16_t)((bits + 0x8000u) >> 16);
+        rest[i] = (int16_t)(uint16_t)bits;
+    }
+    if (r->activation == TS_F32) {
+        TS_TRY(ts_device_upload(r->device, r->cache.layer.state, state, n * sizeof *state));
+    } else {
+        TS_TRY(ts_device_upload(r->device, r->cache.layer.state, high, n * sizeof *high));
+        TS_TRY(ts_device_upload(r->device, r->cache.layer.state_rest, rest, n * sizeof *rest));
+    }
+done:
+    free(high);
+    free(rest);
+    return status;
+}
+
+static ts_status get_state(run *r, float *state, size_t n) {
+    ts_status status = TS_OK;
+    uint16_t *high = malloc(n * sizeof *high);
+    int16_t *rest = malloc(n * sizeof *rest);
+    if (r->activation == TS_F32) {
+        TS_TRY(ts_device_download(r->device, state, r->cache.layer.state, n * sizeof *state));
+        goto done;
+    }
+    TS_TRY(ts_device_download(r->device, high, r->cache.layer.state, n * sizeof *high));
+    TS_TRY(ts_device_download(r->device, rest, r->cache.layer.state_rest, n * sizeof *rest));
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = ((uint32_t)high[i] << 16) + (uint32_t)(int32_t)rest[i];
+        memcpy(&state[i], &bits, sizeof bits);
+    }
+done:
+    free(high);
+    free(rest);
+    return status;
+}
+
+static void carry_run(ts_device *device, const attention_case *c, ts_dtype activation, case_group *group) {
+    const int64_t H = c->n_heads, KV = c->n_kv_heads, d = c->head_dim, T = c->tile_size, n = c->n_tokens[0];
+    const int64_t columns = (H + 2 * KV) * d + 2 * KV;
+    const size_t n_state = (size_t)(KV * d * d);
+    float *values = case_values(c->seed, n * columns, 0, 1.5, activation);
+    float *before = case_values(c->seed + 1, (int64_t)n_state, 0, 2, TS_F32), *after = malloc(n_state * sizeof *after);
+    float *y = malloc((size_t)(n * H * d) * sizeof *y);
+    run r = {.device = device,
+             .c = c,
+             .n_sequences = 1,
+             .n_tiles = (int)(n / T),
+             .columns = columns,
+             .stride = (columns + 7) / 8 * 8,
+             .activation = activation,
+             .slot_dtype = TS_F32,
+             .qkvg = {values},
+             .y = {y}};
+    for (int64_t i = 0; i < n; i++) {
+        float *row = values + i * columns;
+        memset(row + (H + KV) * d, 0, (size_t)(KV * d) * sizeof *row); // v
+        for (int64_t j = 0; j < KV; j++) {
+            row[columns - 2 * KV + j] = -80; // the key's gate
+            row[columns - KV + j] = (float)c->decay_logit;
+        }
+    }
+    const ts_span spans[] = {{.n_tokens = 40}, {.n_tokens = (int32_t)T - 40, .position = 40}};
+    ts_status status = cache_create(&r);
+    status = status ? status : put_state(&r, before, n_state);
+    for (int i = 0; i < 2; i++) {
+        ts_span span = spans[i];
+        status = status ? status : step(&r, &span, 1, false);
+    }
+    status = status ? status : get_state(&r, after, n_state);
+    if (case_ok(group, status, c->name))
+        case_result(group, memcmp(before, after, n_state * sizeof *after) ? 1 : 0, 0, "%s: bits after prefill",
+                    c->name);
+    for (int64_t at = T; at < 2 * T; at++) {
+        ts_span span = {.n_tokens = 1, .position = at};
+        status = status ? status : step(&r, &span, 1, true);
+    }
+    status = status ? status : get_state(&r, after, n_state);
+    if (case_ok(group, status, c->name))
+        case_result(group, memcmp(before, after, n_state * sizeof *after) ? 1 : 0, 0, "%s: bits after decode", c->name);
+    cache_free(&r);
+    free(values);
+    free(before);
+    free(after);
+    free(y);
+}
+
 int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, int most_tokens, FILE *report) {
     char name[64];
     snprintf(name, sizeof name, "attention (slots %s)", ts_dtype_name(slot_dtype));
@@ -380,5 +482,8 @@ int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dt
         if (n_tokens <= most_tokens && (cases[i].is_sparse || slot_dtype == TS_F32))
             case_run(device, &cases[i], activation, slot_dtype, &group);
     }
+    for (size_t i = 0; slot_dtype == TS_F32 && i < sizeof carried / sizeof *carried; i++)
+        if (carried[i].n_tokens[0] <= most_tokens)
+            carry_run(device, &carried[i], activation, &group);
     return case_group_end(&group);
 }
