@@ -3,12 +3,15 @@
 
 #include <jansson.h>
 #include <stdio.h>
+#include <string.h>
 
 static const char usage[] =
-    "usage: tessera inspect --model DIR [--cache-dtype NAME] [--json]\n\n"
+    "usage: tessera inspect --model DIR [--dtype NAME] [--cache-dtype NAME] [--json]\n\n"
     "Shows what a model directory holds: shapes, parameters, bytes, sparsity, and the memory a context takes.\n\n"
     "  --model DIR          directory with config.json and model.safetensors (or its index)\n"
-    "  --cache-dtype NAME   states of held tiles, whose memory is shown: f32 (default), bf16 or fp8\n"
+    "  --dtype NAME         arithmetic, by which sequences take their memory: f32 (default) or bf16, as on cuda\n"
+    "  --cache-dtype NAME   states of held tiles, whose memory is shown: f32, bf16 or fp8 (default: as the "
+    "arithmetic)\n"
     "  --json               one JSON object\n"
     "\nexample:\n"
     "  tessera inspect --model configs/models/demo\n";
@@ -21,8 +24,10 @@ static ts_status parse_own(void *context, int option, const char *value) {
 }
 
 // Bytes of one tile of one KV head in the cache, over its tokens.
-static json_t *describe(const ts_config *config, ts_dtype slot_dtype, int64_t n_parameters, int64_t n_bytes) {
+static json_t *describe(const ts_config *config, ts_dtype open_dtype, ts_dtype slot_dtype, int64_t n_parameters,
+                        int64_t n_bytes) {
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, 1);
+    shape.open_dtype = open_dtype;
     shape.slot_dtype = slot_dtype;
     const ts_sparsity *rules = &config->sparsity;
     json_t *object = json_pack(
@@ -84,6 +89,7 @@ static void print_table(const char *dir, const ts_config *config, ts_dtype slot_
 ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
     static const struct option table[] = {
         {"model", required_argument, NULL, TS_OPTION_MODEL},
+        {"dtype", required_argument, NULL, TS_OPTION_DTYPE},
         {"cache-dtype", required_argument, NULL, TS_OPTION_CACHE_DTYPE},
         {"json", no_argument, NULL, OPTION_JSON},
         {"help", no_argument, NULL, TS_OPTION_HELP},
@@ -108,8 +114,9 @@ ts_status ts_command_inspect(ts_launch *launch, int argc, char **argv) {
         n_bytes += (int64_t)tensor->n_bytes;
         n_parameters += (int64_t)(tensor->n_bytes / ts_dtype_bytes(tensor->dtype));
     }
-    const ts_dtype slot_dtype = shared.cache_dtype == TS_N_DTYPES ? TS_F32 : shared.cache_dtype;
-    object = describe(&config, slot_dtype, n_parameters, n_bytes);
+    const ts_dtype open_dtype = shared.dtype && strcmp(shared.dtype, "bf16") == 0 ? TS_BF16 : TS_F32;
+    const ts_dtype slot_dtype = shared.cache_dtype == TS_N_DTYPES ? open_dtype : shared.cache_dtype;
+    object = describe(&config, open_dtype, slot_dtype, n_parameters, n_bytes);
     TS_CHECK(object, TS_ERR_MEMORY, "inspect: out of memory");
     if (as_json) {
         json_dumpf(object, stdout, JSON_INDENT(2));

@@ -87,3 +87,9 @@ grep -q '10 of hidden size 256' table || fail "inspect: $(cat table)"
 done_by 1 inspect --model $model --json | tr -d '\n' |
   "$json_get" vocab_size hidden_size num_hidden_layers head_dim tile_sparsity.cache_tiles parameters >values
 grep -qP '^256\t256\t10\t64\t512\t8' values || fail "inspect --json: $(cat values)"
+# Ten layers of four KV heads: the open tile, its gates and c, the query sum, E, S^, z^, pairs and tiles held.
+rest=$((64 * 8 + 64 * 4 + 8 + 64 * 4 + 16 + 4))
+for memory in "f32 $((40 * (3 * 64 * 64 * 4 + rest)))" "bf16 $((40 * (3 * 64 * 64 * 2 + 64 * 4 + rest)))"; do
+  done_by 1 inspect --model $model --dtype ${memory% *} --json | tr -d '\n' | "$json_get" sequence_bytes >values
+  grep -qx ${memory#* } values || fail "inspect --dtype ${memory% *}: $(cat values), expected ${memory#* }"
+done
