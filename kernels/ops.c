@@ -116,7 +116,7 @@ ts_status ts_op_attention(ts_device *device, const ts_attention_args *args) {
             "attention", "qkvg must be [M, (H + 2 KV) d + 2 KV] and y [M, H d]");
     TS_NEED(cache->open_dtype == args->qkvg.dtype, "attention", "the cache's open tiles must be of qkvg's dtype");
     TS_NEED(cache->is_sparse || cache->open_dtype == TS_F32 || cache->state_rest, "attention",
-            "a dense cache in BF16 must have the rest of S^");
+            "a dense cache in BF16 must have state_rest");
     TS_NEED(batch_covers_rows(args->batch), "attention", "the spans must cover the batch's rows in order");
     TS_DISPATCH(attention);
 done:

@@ -113,7 +113,8 @@ static ts_status bench_rule_1(ts_kernel_bench *b, bool prunes) {
     const ts_bench_options *s = &b->shape;
     ts_tile_cache_shape shape = cache_shape(b, true);
     shape.sparsity.prune_ratio = 0.25;
-    const double n = (double)s->tokens, d = (double)s->head_dim, KV = (double)s->kv_heads, tiles = n / shape.tile_size;
+    const double n = (double)s->tokens, d = (double)s->head_dim, KV = (double)s->kv_heads;
+    const double tiles = (double)(s->tokens / shape.tile_size);
     // Keys and their gates; or what each head says of a tile, and what is remembered of it.
     const double bytes =
         prunes ? tiles * (KV * 8 + 9) : n * KV * (d + 1) * (double)ts_dtype_bytes(b->dtype) + tiles * KV * 8;
@@ -122,7 +123,7 @@ static ts_status bench_rule_1(ts_kernel_bench *b, bool prunes) {
     json_t *result;
     char text[64];
     TS_TRY(attention_case_create(b, s->tokens, 1, 1, s->tokens, &shape, s->tokens, 4.5f, &c));
-    TS_TRY(ts_kernel_bench_take(b, (int64_t)(tiles * KV * 8) + 8, &data));
+    TS_TRY(ts_kernel_bench_take(b, (int64_t)((tiles + 1) * KV * 8), &data)); // not nothing where no tile is complete
     c.importance = data;
     TS_TRY(take_prompt(b, &c));
     TS_TRY(run_tile_importance(b, &c, 0));

@@ -23,7 +23,7 @@ static ts_status parse_own(void *context, int option, const char *value) {
     return TS_OK;
 }
 
-// Bytes of one tile of one KV head in the cache, over its tokens.
+// What --json prints, and the table from it; memory as one rank takes it that holds the whole model.
 static json_t *describe(const ts_config *config, ts_dtype open_dtype, ts_dtype slot_dtype, int64_t n_parameters,
                         int64_t n_bytes) {
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, 1);

@@ -40,6 +40,7 @@ struct ts_cuda_linear_plan {
 ts_status ts_cuda_linear_find_plan(ts_cuda_device *device, const ts_cuda_linear_operands *in, bool few_rows,
                                    const ts_cuda_linear_plan **out);
 
+// Enqueues the product; at most TS_CUDA_LINEAR_FEW_ROWS rows where the plan is of decode.
 ts_status ts_cuda_linear_multiply(ts_cuda_device *device, const ts_cuda_linear_operands *in,
                                   const ts_cuda_linear_plan *plan);
 

@@ -1,7 +1,7 @@
 // Which algorithm of cuBLASLt a product runs on, chosen at its first use and kept.
 //
-// Prefill takes what cuBLASLt thinks best. In decode a row's bits must not depend on the batch (I3), nor on the
-// machine's mood: what cuBLASLt thinks best for FEW_ROWS rows is the reference, and any other algorithm may stand in
+// Prefill takes what cuBLASLt thinks best. In decode a row's bits must not depend on the batch (I3), nor on
+// what a clock says: what cuBLASLt thinks best for FEW_ROWS rows is the reference, and any other algorithm may stand in
 // for it that gives the same bits. Most do, as they differ in the shape of their tiles but not in the order in which a
 // sum's terms are added. The first use times those for several numbers of rows, so timing decides speed alone.
 #include "kernels/cuda/linear.h"

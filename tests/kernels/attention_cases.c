@@ -25,6 +25,7 @@ static const attention_case cases[] = {
     {"dense, groups of two", 4, 2, 64, 64, false, {0, 0, 0, 1, 0, 0}, {130, 64, 1}, 4, 2},
     {"dense, d 128 T 64", 2, 1, 128, 64, false, {0, 0, 0, 1, 0, 0}, {200, 129}, 4, 3},
     {"dense, d 128 T 128", 1, 1, 128, 128, false, {0, 0, 0, 1, 0, 0}, {300}, 4, 4},
+    {"dense, groups of ten", 10, 1, 64, 64, false, {0, 0, 0, 1, 0, 0}, {130, 70}, 4, 19},
     {"dense, one token", 3, 1, 64, 64, false, {0, 0, 0, 1, 0, 0}, {1, 3}, 4, 5},
     {"dense, strong decay", 2, 2, 64, 64, false, {0, 0, 0, 1, 0, 0}, {200, 70}, -7, 6},
     {"sparse, all held", 2, 2, 64, 64, true, {0, 0, 0, 1, 1, 0}, {330, 64}, 5, 7},
