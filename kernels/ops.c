@@ -19,6 +19,8 @@ static bool batch_covers_rows(const ts_batch *batch) {
         const ts_span *span = &batch->spans[i];
         if (span->row != row || span->n_tokens < 1 || span->position < 0 || (batch->decode && span->n_tokens != 1))
             return false;
+        if (span->sequence < 0 && (span->sequence != TS_PADDING || !batch->decode || span->position != 0))
+            return false;
         row += span->n_tokens;
     }
     return row == batch->n_rows;

@@ -19,9 +19,14 @@
 extern "C" {
 #endif
 
+// The sequence of a span that only fills a decode batch up to a size it is wanted in. Such spans stand last, at
+// position 0. Ops on rows compute theirs like any other; attention and importance neither read nor write anything for
+// them, so y of attention keeps what it held.
+enum { TS_PADDING = -1 };
+
 // Consecutive tokens of one sequence inside a batch.
 typedef struct ts_span {
-    int32_t sequence; // its row in the tile cache
+    int32_t sequence; // its row in the tile cache, or TS_PADDING
     int32_t n_tokens; // > 0; 1 in a decode batch
     int64_t row;      // first row of the batch
     int64_t position; // position of the first token in its sequence

@@ -70,7 +70,7 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     ts_group *tp = ts_grid_tp(launch->grid);
     if (ts_device_sampler_is_possible(launch->device, tp))
         TS_TRY(ts_device_sampler_create(launch->device, (int32_t)rows, &b->sampler));
-    TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, b->sampler, &b->graphs));
+    TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, b->sampler, (int32_t)rows, &b->graphs));
 done:
     return status;
 }
@@ -188,20 +188,6 @@ void ts_bench_prefill_print(const json_t *result) {
     printf("\n");
 }
 
-// A decode batch from its tokens to, on a GPU, the largest logit of every row, read back as a run does.
-static ts_status decode_step(model_bench *b, const ts_batch *batch) {
-    ts_status status = TS_OK;
-    const int32_t n = (int32_t)batch->n_rows;
-    ts_tensor logits;
-    if (b->sampler)
-        TS_TRY(ts_device_sampler_prepare(b->sampler, b->sampled, n));
-    TS_TRY(ts_decode_graphs_run(b->graphs, batch, &logits));
-    if (b->sampler)
-        TS_TRY(ts_device_sampler_collect(b->sampler, b->sampled, n, b->next));
-done:
-    return status;
-}
-
 // One step of each of n sequences, whose rows begin at `first`, from *position on; logits and, on a GPU, greedy
 // sampling included. Gives the seconds that `steps` of them took.
 static ts_status decode(model_bench *b, int32_t first, int32_t n, int64_t steps, int64_t *position, double *seconds) {
@@ -210,14 +196,15 @@ static ts_status decode(model_bench *b, int32_t first, int32_t n, int64_t steps,
     TS_TRY(ts_group_barrier(b->launch->world));
     const double start = ts_launch_seconds();
     for (int64_t step = 0; step < steps; step++, ++*position) {
-        const ts_batch *batch;
+        ts_tensor logits;
         ts_batch_buffer_clear(b->buffer, true);
         for (int32_t s = 0; s < n; s++) {
             const int32_t token = token_at(b, *position * n + s);
             TS_TRY(ts_batch_buffer_add(b->buffer, first + s, *position, &token, 1));
         }
-        TS_TRY(ts_batch_buffer_upload(b->buffer, &batch));
-        TS_TRY(decode_step(b, batch));
+        TS_TRY(ts_decode_graphs_run(b->graphs, b->buffer, b->sampled, &logits));
+        if (b->sampler) // read back, as a run does
+            TS_TRY(ts_device_sampler_collect(b->sampler, b->sampled, n, b->next));
     }
     TS_TRY(ts_device_synchronize(b->launch->device));
     *seconds = ts_launch_seconds() - start;

@@ -62,6 +62,19 @@ done:
     return status;
 }
 
+int64_t ts_batch_buffer_rows(const ts_batch_buffer *buffer) {
+    return buffer->batch.n_rows;
+}
+
+ts_status ts_batch_buffer_pad(ts_batch_buffer *buffer, int64_t n_rows) {
+    ts_status status = TS_OK;
+    static const int32_t token = 0;
+    while (buffer->batch.n_rows < n_rows)
+        TS_TRY(ts_batch_buffer_add(buffer, TS_PADDING, 0, &token, 1));
+done:
+    return status;
+}
+
 ts_status ts_batch_buffer_upload(ts_batch_buffer *buffer, const ts_batch **out) {
     ts_status status = TS_OK;
     const ts_batch *batch = &buffer->batch;

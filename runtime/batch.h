@@ -20,6 +20,12 @@ void ts_batch_buffer_clear(ts_batch_buffer *buffer, bool decode);
 ts_status ts_batch_buffer_add(ts_batch_buffer *buffer, int32_t sequence, int64_t position, const int32_t *tokens,
                               int32_t n_tokens);
 
+// Rows added so far.
+int64_t ts_batch_buffer_rows(const ts_batch_buffer *buffer);
+
+// Fills a decode batch up to n_rows with spans of TS_PADDING. TS_ERR_INVALID beyond max_rows.
+ts_status ts_batch_buffer_pad(ts_batch_buffer *buffer, int64_t n_rows);
+
 ts_status ts_batch_buffer_upload(ts_batch_buffer *buffer, const ts_batch **out);
 
 #endif

@@ -1,13 +1,15 @@
 #include "runtime/decode_graphs.h"
 
+#include <assert.h>
 #include <stdlib.h>
 
-enum { MAX_GRAPHS = 16, STEPS_BEFORE = 3 };
+// 1, 2, 3, 4, 6, 8, 12 and so on: powers of two and what lies halfway between. Two for every bit of an int32_t.
+enum { N_SIZES = 64 };
 
 typedef struct recorded {
     ts_device_graph *graph;
-    int64_t n_rows, last_used, sampler_moves;
-    bool closes; // tiles, in sparse form
+    bool has_run; // op by op: memory has grown to what the step needs, and products have chosen their algorithms
+    int64_t sampler_moves;
     ts_tensor logits;
 } recorded;
 
@@ -17,12 +19,12 @@ struct ts_decode_graphs {
     ts_tile_cache *cache;
     ts_device_sampler *sampler;
     bool is_possible;
-    recorded graphs[MAX_GRAPHS];
-    int64_t n_steps, n_rows, n_alike; // steps so far; of the last ones, how many had n_rows
+    int32_t max_rows;
+    recorded graphs[N_SIZES][2]; // [1]: of steps in which a tile completes, in sparse form
 };
 
 ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *model, ts_tile_cache *cache,
-                                  ts_device_sampler *sampler, ts_decode_graphs **out) {
+                                  ts_device_sampler *sampler, int32_t max_rows, ts_decode_graphs **out) {
     ts_decode_graphs *graphs = calloc(1, sizeof *graphs);
     if (!graphs)
         return TS_FAIL(TS_ERR_MEMORY, "decode: out of memory");
@@ -31,6 +33,7 @@ ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *mod
     graphs->cache = cache;
     graphs->sampler = sampler;
     graphs->is_possible = ts_device_can_capture(device) && ts_group_size(tp) == 1;
+    graphs->max_rows = max_rows;
     *out = graphs;
     return TS_OK;
 }
@@ -38,9 +41,22 @@ ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *mod
 void ts_decode_graphs_free(ts_decode_graphs *graphs) {
     if (!graphs)
         return;
-    for (int i = 0; i < MAX_GRAPHS; i++)
-        ts_device_graph_free(graphs->device, graphs->graphs[i].graph);
+    for (int i = 0; i < N_SIZES; i++)
+        for (int closes = 0; closes < 2; closes++)
+            ts_device_graph_free(graphs->device, graphs->graphs[i][closes].graph);
     free(graphs);
+}
+
+static int64_t size_at(int i) {
+    return i == 0 ? 1 : i % 2 ? INT64_C(2) << i / 2 : INT64_C(3) << (i / 2 - 1);
+}
+
+// The smallest size that holds n rows.
+static int size_for(int64_t n) {
+    int i = 0;
+    while (size_at(i) < n)
+        i++;
+    return i;
 }
 
 static ts_status step(ts_decode_graphs *graphs, const ts_batch *batch, ts_tensor *logits) {
@@ -57,26 +73,16 @@ static int64_t sampler_moves(const ts_decode_graphs *graphs) {
     return graphs->sampler ? ts_device_sampler_moves(graphs->sampler) : 0;
 }
 
-static bool holds(const recorded *place, int64_t n_rows, bool closes) {
-    return place->graph && place->n_rows == n_rows && place->closes == closes;
+static bool is_current(const ts_decode_graphs *graphs, const recorded *place) {
+    return place->graph && place->sampler_moves == sampler_moves(graphs) &&
+           ts_device_graph_is_current(graphs->device, place->graph);
 }
 
-// The place of the graph for this many rows, or the one that was used least lately.
-static recorded *place_of(ts_decode_graphs *graphs, int64_t n_rows, bool closes) {
-    recorded *oldest = &graphs->graphs[0];
-    for (int i = 0; i < MAX_GRAPHS; i++) {
-        if (holds(&graphs->graphs[i], n_rows, closes))
-            return &graphs->graphs[i];
-        if (graphs->graphs[i].last_used < oldest->last_used)
-            oldest = &graphs->graphs[i];
-    }
-    return oldest;
-}
-
-static ts_status record(ts_decode_graphs *graphs, const ts_batch *batch, bool closes, recorded *place) {
+static ts_status record(ts_decode_graphs *graphs, const ts_batch *batch, recorded *place) {
     ts_status status = TS_OK;
     ts_device_graph_free(graphs->device, place->graph);
-    *place = (recorded){.n_rows = batch->n_rows, .closes = closes, .sampler_moves = sampler_moves(graphs)};
+    place->graph = NULL;
+    place->sampler_moves = sampler_moves(graphs);
     TS_TRY(ts_device_capture_begin(graphs->device));
     const ts_status recorded_status = step(graphs, batch, &place->logits);
     const ts_status ended = ts_device_capture_end(graphs->device, &place->graph);
@@ -86,29 +92,32 @@ done:
     return status;
 }
 
-ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, const ts_batch *batch, ts_tensor *logits) {
+ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, ts_batch_buffer *buffer, const ts_sampler_row *const *sampled,
+                               ts_tensor *logits) {
     ts_status status = TS_OK;
     const ts_config *config = ts_model_config(graphs->model);
-    graphs->n_steps++;
-    graphs->n_alike = batch->n_rows == graphs->n_rows ? graphs->n_alike + 1 : 1;
-    graphs->n_rows = batch->n_rows;
+    const int64_t n = ts_batch_buffer_rows(buffer);
+    const int size = size_for(n);
+    const ts_batch *batch;
+    ts_tensor all;
+    assert(n > 0 && n <= graphs->max_rows);
+    if (graphs->is_possible)
+        TS_TRY(ts_batch_buffer_pad(buffer, size_at(size) < graphs->max_rows ? size_at(size) : graphs->max_rows));
+    TS_TRY(ts_batch_buffer_upload(buffer, &batch));
+    if (graphs->sampler)
+        TS_TRY(ts_device_sampler_prepare(graphs->sampler, sampled, (int32_t)n, (int32_t)batch->n_rows));
     const bool closes = config->is_sparse && ts_batch_tiles_completed(batch, config->tile_size) > 0;
-    if (!graphs->is_possible || (closes && config->sparsity.prune_ratio > 0)) {
-        TS_TRY(step(graphs, batch, logits));
-        goto done;
+    recorded *place = &graphs->graphs[size][closes];
+    if (graphs->is_possible && place->has_run) {
+        if (!is_current(graphs, place))
+            TS_TRY(record(graphs, batch, place));
+        TS_TRY(ts_device_graph_launch(graphs->device, place->graph));
+        all = place->logits;
+    } else {
+        TS_TRY(step(graphs, batch, &all));
+        place->has_run = true;
     }
-    recorded *place = place_of(graphs, batch->n_rows, closes);
-    const bool is_there = holds(place, batch->n_rows, closes);
-    if (!is_there && graphs->n_alike <= STEPS_BEFORE) {
-        TS_TRY(step(graphs, batch, logits));
-        goto done;
-    }
-    if (!is_there || place->sampler_moves != sampler_moves(graphs) ||
-        !ts_device_graph_is_current(graphs->device, place->graph))
-        TS_TRY(record(graphs, batch, closes, place));
-    place->last_used = graphs->n_steps;
-    TS_TRY(ts_device_graph_launch(graphs->device, place->graph));
-    *logits = place->logits;
+    *logits = ts_tensor_rows(all, 0, n);
 done:
     return status;
 }

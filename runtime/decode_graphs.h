@@ -1,31 +1,36 @@
-// Decode steps as graphs: the whole step, from embedding to the sampled tokens, is recorded for a number of sequences
-// once that number has come several times in a row, and launched with one call from then on.
+// Decode steps as graphs: the whole step, from embedding to the sampled tokens, is recorded once for each of a small
+// set of batch sizes and launched with one call from then on. A batch is filled up to the next size with rows of
+// padding, which cost their part of the products alone.
 //
-//     TS_TRY(ts_decode_graphs_create(device, tp, model, cache, sampler, &graphs));
-//     TS_TRY(ts_device_sampler_prepare(sampler, rows, n));
-//     TS_TRY(ts_decode_graphs_run(graphs, batch, &logits)); // a decode batch; logits of all its rows
-//     TS_TRY(ts_device_sampler_collect(sampler, rows, n, choices));
+//     TS_TRY(ts_decode_graphs_create(device, tp, model, cache, sampler, max_rows, &graphs));
+//     ts_batch_buffer_clear(buffer, true); // and a token for every sequence
+//     TS_TRY(ts_decode_graphs_run(graphs, buffer, sampled, &logits));
+//     TS_TRY(ts_device_sampler_collect(sampler, sampled, n, choices));
 //     ts_decode_graphs_free(graphs);
 //
-// A step runs op by op where the device records no graphs, where ranks share the model (their sums go through the
-// host), and where a tile completes under rule 1, whose kernels depend on how many do. In sparse form the steps in
-// which a tile completes have a graph of their own, so that the others need not launch what closes tiles.
+// The first step of every size runs op by op. All do where the device records no graphs and where ranks share the model
+// (their sums go through the host); batches are then not filled up. In sparse form the steps in which a tile completes
+// have graphs of their own, so that the others need not launch what closes tiles.
 #ifndef TS_DECODE_GRAPHS_H
 #define TS_DECODE_GRAPHS_H
 
+#include "runtime/batch.h"
 #include "runtime/device_sampler.h"
 #include "runtime/model.h"
 
 typedef struct ts_decode_graphs ts_decode_graphs;
 
-// All are borrowed until free. Without a sampler (NULL) a step ends with its logits. `batch` of every run must lie in
-// one ts_batch_buffer.
+// For batches of up to max_rows sequences, for which model, sampler and the batch buffer must have room. All are
+// borrowed until free. Without a sampler (NULL) a step ends with its logits.
 ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *model, ts_tile_cache *cache,
-                                  ts_device_sampler *sampler, ts_decode_graphs **out);
+                                  ts_device_sampler *sampler, int32_t max_rows, ts_decode_graphs **out);
 void ts_decode_graphs_free(ts_decode_graphs *graphs);
 
-// ts_model_forward and ts_model_logits of all rows and, with a sampler, ts_device_sampler_enqueue. Collective over the
-// tensor-parallel group. *logits, which the sampler may have changed, is borrowed until the model is next used.
-ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, const ts_batch *batch, ts_tensor *logits);
+// Uploads the decode batch in `buffer`, the same buffer in every run, and enqueues ts_model_forward and ts_model_logits
+// of its rows and, with a sampler, the sampling of their next tokens: sampled[i] is the sequence of row i. Collective
+// over the tensor-parallel group. *logits, [n, V] of the rows that were added, which the sampler may have changed, are
+// borrowed until the model is next used.
+ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, ts_batch_buffer *buffer, const ts_sampler_row *const *sampled,
+                               ts_tensor *logits);
 
 #endif

@@ -148,15 +148,18 @@ done:
     return status;
 }
 
-ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n) {
+ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,
+                                    int32_t n_rows) {
     ts_status status = TS_OK;
-    assert(n <= sampler->max_rows);
+    assert(n <= n_rows && n_rows <= sampler->max_rows);
     sampler->n_changes = 0;
     for (int32_t i = 0; i < n; i++)
-        TS_TRY(describe_row(sampler, rows[i], i, n));
+        TS_TRY(describe_row(sampler, rows[i], i, n_rows));
+    for (int32_t i = n; i < n_rows; i++)
+        ((ts_sample_row *)sampler->inputs)[i] = (ts_sample_row){.top_p = 1, .n_logprobs = -1, .repetition_penalty = 1};
     TS_TRY(reserve(sampler, sampler->max_changes));
-    TS_TRY(
-        ts_device_upload(sampler->device, sampler->device_inputs, sampler->inputs, input_bytes(n, sampler->n_changes)));
+    TS_TRY(ts_device_upload(sampler->device, sampler->device_inputs, sampler->inputs,
+                            input_bytes(n_rows, sampler->n_changes)));
 done:
     return status;
 }
@@ -193,7 +196,7 @@ ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits,
                                    int32_t n, ts_next_token *choices) {
     ts_status status = TS_OK;
     assert(logits.rows == n);
-    TS_TRY(ts_device_sampler_prepare(sampler, rows, n));
+    TS_TRY(ts_device_sampler_prepare(sampler, rows, n, n));
     TS_TRY(ts_device_sampler_enqueue(sampler, logits));
     TS_TRY(ts_device_sampler_collect(sampler, rows, n, choices));
 done:

@@ -7,7 +7,7 @@
 //
 // or in three parts, of which the second only enqueues and can be recorded in a graph (runtime/decode_graphs.h):
 //
-//     TS_TRY(ts_device_sampler_prepare(sampler, rows, n));
+//     TS_TRY(ts_device_sampler_prepare(sampler, rows, n, n_rows));
 //     TS_TRY(ts_device_sampler_enqueue(sampler, logits));
 //     TS_TRY(ts_device_sampler_collect(sampler, rows, n, choices));
 //
@@ -35,7 +35,10 @@ size_t ts_device_sampler_bytes(int32_t max_rows);
 ts_status ts_device_sampler_choose(ts_device_sampler *sampler, ts_tensor logits, const ts_sampler_row *const *rows,
                                    int32_t n, ts_next_token *choices);
 
-ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n);
+// n_rows: of the logits that enqueue will be given, n or more; those after the first n are sampled greedily, and nobody
+// asks for their tokens.
+ts_status ts_device_sampler_prepare(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,
+                                    int32_t n_rows);
 ts_status ts_device_sampler_enqueue(ts_device_sampler *sampler, ts_tensor logits);
 ts_status ts_device_sampler_collect(ts_device_sampler *sampler, const ts_sampler_row *const *rows, int32_t n,
                                     ts_next_token *choices);

@@ -69,7 +69,8 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
         TS_TRY(ts_device_sampler_create(device, options->max_sequences, &replica->device_sampler));
     else
         TS_TRY(ts_sampler_create(tp, &replica->sampler));
-    TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, replica->device_sampler, &replica->graphs));
+    TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, replica->device_sampler, options->max_sequences,
+                                   &replica->graphs));
     *out = replica;
     replica = NULL;
 done:
@@ -175,13 +176,12 @@ static ts_status forward(ts_replica *replica, const Ts__Job__Step *step, ts_tens
             ts_sampler_row_prompt(row, tokens, step->lengths[i]);
         tokens += step->lengths[i];
     }
-    TS_TRY(ts_batch_buffer_upload(replica->buffer, &batch));
     if (samples_all_rows(step)) {
-        if (replica->device_sampler)
-            TS_TRY(ts_device_sampler_prepare(replica->device_sampler, replica->sampled, (int32_t)step->n_sample_rows));
-        TS_TRY(ts_decode_graphs_run(replica->graphs, batch, logits));
-    } else
-        TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
+        TS_TRY(ts_decode_graphs_run(replica->graphs, replica->buffer, replica->sampled, logits));
+        goto done;
+    }
+    TS_TRY(ts_batch_buffer_upload(replica->buffer, &batch));
+    TS_TRY(ts_model_forward(replica->model, replica->cache, batch));
 done:
     return status;
 }

@@ -419,8 +419,9 @@ static ts_status decode(ts_device *device, const ts_attention_args *args) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(n_threads) if (n_spans * n_kv > 1)
     for (int32_t s = 0; s < n_spans; s++)
         for (int32_t j = 0; j < n_kv; j++)
-            decode_head(&h, &args->batch->spans[s], j,
-                        (double *)scores + omp_get_thread_num() * max_slots(args->cache));
+            if (args->batch->spans[s].sequence != TS_PADDING)
+                decode_head(&h, &args->batch->spans[s], j,
+                            (double *)scores + omp_get_thread_num() * max_slots(args->cache));
 done:
     return status;
 }

@@ -22,6 +22,8 @@ ts_status TS_ISA(tile_importance)(ts_device *device, const ts_tile_importance_ar
         int64_t tile = 0;
         for (int32_t s = 0; s < args->batch->n_spans; s++) {
             const ts_span *span = &args->batch->spans[s];
+            if (span->sequence == TS_PADDING)
+                continue;
             double *open = &history->open_mass[(int64_t)span->sequence * n_kv_heads + j];
             for (int64_t i = 0; i < span->n_tokens; i++) {
                 const float *row = (const float *)args->qkvg.data + (span->row + i) * args->qkvg.stride;
@@ -43,6 +45,8 @@ ts_status TS_ISA(tile_prune)(ts_device *device, const ts_tile_prune_args *args) 
     int64_t tile = 0;
     for (int32_t s = 0; s < args->batch->n_spans; s++) {
         const ts_span *span = &args->batch->spans[s];
+        if (span->sequence == TS_PADDING)
+            continue;
         double *known = history->importance[span->sequence];
         const int64_t first = span->position / history->tile_size;
         const int64_t end = first + ts_span_tiles_completed(span, history->tile_size);

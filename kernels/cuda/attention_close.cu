@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) close_kernel(const 
     const ts_sparsity &rules = a.cache.sparsity;
     const ts_span span = a.spans[blockIdx.x];
     const int tid = threadIdx.x, j = blockIdx.y, T = a.cache.tile_size;
-    if ((span.position + 1) % T != 0)
+    if ((span.position + 1) % T != 0) // nor does padding, at position 0, complete one
         return;
     const int64_t t = span.position / T, head = ts::head_of(a, span.sequence, j);
     const ts_cuda_piece piece = {.span = (int32_t)blockIdx.x,

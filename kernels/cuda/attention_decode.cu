@@ -192,6 +192,8 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
     const int index = blockIdx.x / a.cache.n_kv_heads, j = blockIdx.x - index * a.cache.n_kv_heads;
     const int group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[index];
+    if (span.sequence == TS_PADDING)
+        return;
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % T);
     const A *state_at = (const A *)a.cache.state + head * D * D + first * D + column;

@@ -97,6 +97,10 @@ size_t aligned(size_t n_bytes) {
 void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_pieces *out) {
     memset(out, 0, sizeof *out);
     out->n_spans = batch->n_spans;
+    if (batch->decode) {
+        out->n_pieces = out->n_closed = out->n_groups = batch->n_spans;
+        return;
+    }
     for (int32_t s = 0; s < batch->n_spans; s++) {
         out->n_pieces += pieces_of(batch->spans[s], tile_size);
         const int64_t n_closed = closed_of(batch->spans[s], tile_size);

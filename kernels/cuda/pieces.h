@@ -23,6 +23,8 @@ typedef struct ts_cuda_piece {
 
 typedef struct ts_cuda_pieces {
     int32_t n_spans;
+    // In a decode batch n_closed is the most there can be, one a span, so that what is launched depends on the number
+    // of spans alone; how many there are stands on the device, in closed_begin[n_spans]. So with n_groups.
     int64_t n_pieces, n_closed, n_groups;
     ts_cuda_piece *at;      // [n_pieces]
     int64_t *begin;         // [n_spans + 1] first piece of each span

@@ -13,6 +13,8 @@ __global__ void importance_kernel(const T *qkvg, int64_t stride, int n_heads, in
                                   ts_cuda_pieces pieces, double *importance, double *open) {
     __shared__ double parts[kThreads / 32];
     const ts_cuda_piece piece = pieces.at[blockIdx.x];
+    if (piece.sequence == TS_PADDING)
+        return;
     const int j = blockIdx.y, n_kv = history.n_kv_heads;
     const int64_t k = (int64_t)(n_heads + j) * d, gate = (int64_t)(n_heads + 2 * n_kv) * d + j;
     double sum = 0;
@@ -35,25 +37,28 @@ __global__ void importance_kernel(const T *qkvg, int64_t stride, int n_heads, in
 
 __global__ void keep_open_kernel(const ts_span *spans, int n_spans, ts_tile_history history, const double *open) {
     const int i = blockIdx.x * kThreads + threadIdx.x, n_kv = history.n_kv_heads;
-    if (i < n_spans * n_kv)
+    if (i < n_spans * n_kv && spans[i / n_kv].sequence != TS_PADDING)
         history.open_mass[(int64_t)spans[i / n_kv].sequence * n_kv + i % n_kv] = open[i];
 }
 
 __global__ void sum_heads_kernel(const double *importance, int n_ranks, ts_tile_history history,
                                  ts_cuda_pieces pieces) {
     const int64_t tile = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-    if (tile >= pieces.n_closed)
+    const int64_t n_tiles = pieces.closed_begin[pieces.n_spans];
+    if (tile >= n_tiles)
         return;
     double sum = 0;
     for (int rank = 0; rank < n_ranks; rank++)
         for (int j = 0; j < history.n_kv_heads; j++)
-            sum += importance[(rank * pieces.n_closed + tile) * history.n_kv_heads + j];
+            sum += importance[(rank * n_tiles + tile) * history.n_kv_heads + j];
     const ts_cuda_piece piece = pieces.at[pieces.closed_pieces[tile]];
     history.importance[piece.sequence][piece.tile] = sum;
 }
 
 __global__ void prune_kernel(ts_tile_history history, ts_cuda_pieces pieces) {
     __shared__ int parts[kThreads / 32];
+    if (blockIdx.x >= pieces.closed_begin[pieces.n_spans])
+        return;
     const ts_cuda_piece piece = pieces.at[pieces.closed_pieces[blockIdx.x]];
     const double *known = history.importance[piece.sequence];
     const double mine = known[piece.tile];

@@ -1,7 +1,7 @@
 // I3: the batch a sequence runs in does not change a bit. I6: dense form = tile form without pruning, skipping, budget.
 #include "golden_case.h"
 
-#include "runtime/batch.h"
+#include "runtime/decode_graphs.h"
 #include "runtime/tile_cache.h"
 
 // One sequence of the batch: prompt of n_prompt tokens from `offset` on, then decoded along the golden tokens.
@@ -11,14 +11,20 @@ typedef struct member {
 
 enum { N_DECODED = 150, MAX_MEMBERS = 21 };
 
+// How the decoded tokens are read: op by op, or as a run does, where the backend can in graphs of few sizes.
+typedef enum decode_steps { OP_BY_OP, IN_GRAPHS } decode_steps;
+
 // Runs the members together and gives the logits of member `watched` after its prompt and every decoded token.
-static void run_together(golden_case *golden, const member *members, int n_members, int watched, float *out) {
+static void run_together(golden_case *golden, const member *members, int n_members, int watched, decode_steps steps,
+                         float *out) {
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(golden->model), 1);
     shape.open_dtype = golden->device->compute_dtype;
     shape.slot_dtype = golden->device->slot_dtype;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
+    ts_decode_graphs *graphs;
     const ts_batch *batch;
+    ts_tensor logits;
     float *all = malloc((size_t)(n_members * golden->vocab_size) * sizeof *all);
     int64_t n_pages = 0;
     for (int i = 0; i < n_members; i++)
@@ -26,6 +32,7 @@ static void run_together(golden_case *golden, const member *members, int n_membe
     MUST(ts_tile_cache_create(golden->device, &shape, n_members, n_pages, &cache));
     MUST(ts_model_reserve(golden->model, 256));
     MUST(ts_batch_buffer_create(golden->device, 256, &buffer));
+    MUST(ts_decode_graphs_create(golden->device, golden->self, golden->model, cache, NULL, 256, &graphs));
     for (int i = 0; i < n_members; i++) {
         MUST(ts_tile_cache_open(cache, i, members[i].n_prompt + N_DECODED));
         for (int64_t first = 0; first < members[i].n_prompt; first += 256) {
@@ -44,13 +51,20 @@ static void run_together(golden_case *golden, const member *members, int n_membe
             const int64_t position = members[i].n_prompt + step;
             MUST(ts_batch_buffer_add(buffer, i, position, golden->tokens + members[i].offset + position, 1));
         }
-        MUST(ts_batch_buffer_upload(buffer, &batch));
-        MUST(ts_model_forward(golden->model, cache, batch));
-        MUST(golden_logits(golden, -1, n_members, true, all));
+        if (steps == IN_GRAPHS) {
+            MUST(ts_decode_graphs_run(graphs, buffer, NULL, &logits));
+        } else {
+            MUST(ts_batch_buffer_upload(buffer, &batch));
+            MUST(ts_model_forward(golden->model, cache, batch));
+            MUST(ts_model_logits(golden->model, NULL, n_members, true, &logits));
+        }
+        MUST(ts_device_download(golden->device, all, logits.data,
+                                (size_t)(n_members * golden->vocab_size) * sizeof *all));
         memcpy(out + (step + 1) * golden->vocab_size, all + watched * golden->vocab_size,
                (size_t)golden->vocab_size * sizeof *out);
     }
     free(all);
+    ts_decode_graphs_free(graphs);
     ts_batch_buffer_free(buffer);
     ts_tile_cache_free(cache);
 }
@@ -62,9 +76,9 @@ static void check_batch_in(const char *directory, ts_dtype dtype) {
     member members[MAX_MEMBERS];
     for (int i = 0; i < MAX_MEMBERS; i++)
         members[i] = (member){.offset = 7 * i, .n_prompt = 1 + 29 * i % 300};
-    run_together(&golden, &members[5], 1, 0, alone);
-    // Every remainder of the blocks of rows that the kernels take: 2 to 21 sequences.
-    for (int n = 2; n <= MAX_MEMBERS; n += n < 8 ? 1 : 5) {
+    run_together(&golden, &members[5], 1, 0, OP_BY_OP, alone);
+    // Every remainder of the blocks of rows that the kernels take: 1 to 21 sequences.
+    for (int n = 1; n <= MAX_MEMBERS; n += n < 8 ? 1 : 5) {
         // The watched sequence stands first, in the middle and last.
         for (int place = 0; place < 3; place++) {
             member order[MAX_MEMBERS];
@@ -72,7 +86,7 @@ static void check_batch_in(const char *directory, ts_dtype dtype) {
             for (int i = 0, other = 6; i < n; i++)
                 order[i] = i == watched ? members[5] : members[other++ % MAX_MEMBERS];
             memset(together, 0xff, n_values * sizeof *together);
-            run_together(&golden, order, n, watched, together);
+            run_together(&golden, order, n, watched, place == 0 ? OP_BY_OP : IN_GRAPHS, together);
             cr_expect_arr_eq(alone, together, n_values * sizeof *alone,
                              "%s %s: logits of a sequence differ between alone and in a batch of %d at %d", directory,
                              ts_dtype_name(dtype), n, watched);

@@ -2,7 +2,7 @@
 // and does not grow while decoding. A host's memory is not this process's alone, so the test is for a GPU.
 #include "golden_case.h"
 
-#include "runtime/batch.h"
+#include "runtime/decode_graphs.h"
 #include "runtime/tile_cache.h"
 
 enum { N_SEQUENCES = 8, N_PAGES = 4000, CHUNK = 512, N_PROMPT = 1000, N_WARM = 70, N_STEPS = 200 };
@@ -38,6 +38,11 @@ static void check_memory(const char *directory, ts_dtype dtype) {
     shape.slot_dtype = dtype;
     ts_tile_cache *cache;
     ts_batch_buffer *buffer;
+    ts_decode_graphs *graphs;
+    ts_device_sampler *sampler;
+    ts_sampler_row greedy = {.params = ts_sampling_params_default()};
+    const ts_sampler_row *sampled[N_SEQUENCES];
+    ts_next_token next[N_SEQUENCES];
     double before = free_bytes(golden.device);
     MUST(ts_tile_cache_create(golden.device, &shape, N_SEQUENCES, N_PAGES, &cache));
     double after = free_bytes(golden.device);
@@ -50,6 +55,11 @@ static void check_memory(const char *directory, ts_dtype dtype) {
     after = free_bytes(golden.device);
     check_taken("activations", before, after, (double)ts_model_activation_bytes(config, dtype, 1, 1 << 17), 2);
     MUST(ts_batch_buffer_create(golden.device, CHUNK, &buffer));
+    MUST(ts_device_sampler_create(golden.device, N_SEQUENCES, &sampler));
+    MUST(ts_decode_graphs_create(golden.device, golden.self, golden.model, cache, sampler, N_SEQUENCES, &graphs));
+    greedy.params.temperature = 0;
+    for (int s = 0; s < N_SEQUENCES; s++)
+        sampled[s] = &greedy;
     // Prompts of different lengths, so that tiles close at different steps.
     for (int s = 0; s < N_SEQUENCES; s++) {
         const int64_t n_prompt = N_PROMPT + 7 * s;
@@ -62,22 +72,26 @@ static void check_memory(const char *directory, ts_dtype dtype) {
             forward(&golden, cache, buffer);
         }
     }
-    // The first steps load kernels and choose algorithms, and close a tile of every sequence.
+    // The first steps load kernels, choose algorithms, record graphs, and close a tile of every sequence.
+    const double before_decode = free_bytes(golden.device);
     for (int64_t step = 0; step < N_WARM + N_STEPS; step++) {
         ts_tensor logits;
         ts_batch_buffer_clear(buffer, true);
         for (int s = 0; s < N_SEQUENCES; s++)
             MUST(ts_batch_buffer_add(buffer, s, N_PROMPT + 7 * s + step, golden.tokens + (step + s) % golden.n_tokens,
                                      1));
-        forward(&golden, cache, buffer);
-        MUST(ts_model_logits(golden.model, NULL, N_SEQUENCES, true, &logits));
+        MUST(ts_decode_graphs_run(graphs, buffer, sampled, &logits));
+        MUST(ts_device_sampler_collect(sampler, sampled, N_SEQUENCES, next));
         if (step == N_WARM)
             before = free_bytes(golden.device);
     }
     MUST(ts_device_synchronize(golden.device));
     after = free_bytes(golden.device);
+    cr_log_info("first %d decode steps: %.0f bytes for graphs, kernels and algorithms", N_WARM, before_decode - before);
     cr_expect(before == after, "%s %s: %.0f bytes free before %d decode steps, %.0f after them", directory,
               ts_dtype_name(dtype), before, N_STEPS, after);
+    ts_decode_graphs_free(graphs);
+    ts_device_sampler_free(sampler);
     ts_batch_buffer_free(buffer);
     ts_tile_cache_free(cache);
     golden_close(&golden);

@@ -145,7 +145,8 @@ static void cache_free(run *r) {
     r->cache.n_memory = 0;
 }
 
-// One batch: spans[i].n_tokens tokens from spans[i].position on.
+// One batch: spans[i].n_tokens tokens from spans[i].position on. In decode a row of NaN follows as padding, for which
+// there must be room behind the spans; nothing may be written for it.
 static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
     ts_status status = TS_OK;
     const attention_case *c = r->c;
@@ -153,19 +154,22 @@ static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
     ts_tensor qkvg = {0}, y = {0};
     void *device_spans = NULL, *importance = NULL;
     float *rows = NULL, *got = NULL;
-    ts_batch batch = {.decode = decode, .n_spans = n_spans, .spans = spans};
-    for (int i = 0; i < n_spans; i++) {
+    if (decode)
+        spans[n_spans] = (ts_span){.sequence = TS_PADDING, .n_tokens = 1};
+    ts_batch batch = {.decode = decode, .n_spans = n_spans + decode, .spans = spans};
+    for (int i = 0; i < batch.n_spans; i++) {
         spans[i].row = batch.n_rows;
         batch.n_rows += spans[i].n_tokens;
     }
     rows = malloc((size_t)(batch.n_rows * r->columns) * sizeof *rows);
+    memset(rows, 0xff, (size_t)(batch.n_rows * r->columns) * sizeof *rows);
     for (int i = 0; i < n_spans; i++)
         memcpy(rows + spans[i].row * r->columns, r->qkvg[spans[i].sequence] + spans[i].position * r->columns,
                (size_t)(spans[i].n_tokens * r->columns) * sizeof *rows);
     TS_TRY(case_upload(r->device, rows, batch.n_rows, r->columns, r->stride, r->activation, &qkvg));
     TS_TRY(case_upload(r->device, NULL, batch.n_rows, H * d, H * d, r->activation, &y));
-    TS_TRY(ts_device_alloc(r->device, (size_t)n_spans * sizeof *spans, "case", &device_spans));
-    TS_TRY(ts_device_upload(r->device, device_spans, spans, (size_t)n_spans * sizeof *spans));
+    TS_TRY(ts_device_alloc(r->device, (size_t)batch.n_spans * sizeof *spans, "case", &device_spans));
+    TS_TRY(ts_device_upload(r->device, device_spans, spans, (size_t)batch.n_spans * sizeof *spans));
     batch.device_spans = device_spans;
     if (c->is_sparse) {
         const int64_t n_closed = ts_batch_tiles_completed(&batch, c->tile_size);
@@ -177,6 +181,8 @@ static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
     }
     TS_TRY(ts_op_attention(r->device, &(ts_attention_args){&batch, qkvg, &r->cache.layer, 1.0, 1e-6, y}));
     got = case_download(r->device, &y);
+    for (int64_t e = 0; decode && e < H * d; e++)
+        TS_CHECK(isnan(got[n_spans * H * d + e]), TS_ERR_INTERNAL, "y was written for padding");
     for (int i = 0; i < n_spans; i++)
         memcpy(r->y[spans[i].sequence] + spans[i].position * H * d, got + spans[i].row * H * d,
                (size_t)(spans[i].n_tokens * H * d) * sizeof *got);
@@ -219,7 +225,7 @@ static ts_status run_in_chunks(run *r, int first, int end) {
         TS_TRY(step(r, spans, n_spans, false));
     }
     for (;;) {
-        ts_span spans[MAX_SEQUENCES];
+        ts_span spans[MAX_SEQUENCES + 1];
         int n_spans = 0;
         for (int s = first; s < end; s++)
             if (at[s] < r->c->n_tokens[s])
@@ -459,8 +465,8 @@ static void carry_run(ts_device *device, const attention_case *c, ts_dtype activ
         case_result(group, memcmp(before, after, n_state * sizeof *after) ? 1 : 0, 0, "%s: bits after prefill",
                     c->name);
     for (int64_t at = T; at < 2 * T; at++) {
-        ts_span span = {.n_tokens = 1, .position = at};
-        status = status ? status : step(&r, &span, 1, true);
+        ts_span step_spans[2] = {{.n_tokens = 1, .position = at}};
+        status = status ? status : step(&r, step_spans, 1, true);
     }
     status = status ? status : get_state(&r, after, n_state);
     if (case_ok(group, status, c->name))
