@@ -42,25 +42,36 @@ typedef struct ts_batch {
     const int32_t *tokens;       // [n_rows] device
 } ts_batch;
 
+// Tokens that are open at most where the dense form folds them into S^ before their tile ends (BF16): a token then
+// reads few rows beside S^.
+enum { TS_FOLD_TOKENS = 16 };
+
+// Rows of the open buffers of a sequence and KV head.
+static inline int32_t ts_open_rows(bool is_sparse, ts_dtype open_dtype, int32_t tile_size) {
+    return is_sparse || open_dtype != TS_BF16 ? tile_size : TS_FOLD_TOKENS;
+}
+
 // One layer's part of the tile cache, as the attention ops see it. All pointers are device memory.
 // Per sequence s and KV head j, at index (s * n_kv_heads + j):
 typedef struct ts_tile_cache_layer {
     int32_t n_heads, n_kv_heads, head_dim, tile_size;
-    // What every token reads is of open_dtype, as the activations are: the open tile, first position % T rows valid,
-    // and S^. F32: open_k is k^. BF16: it is W_k h, which BF16 holds exactly, and k^ = open_gate phi(open_k) is formed
-    // where it is read; rounding k^ would move z and what rules 2 and 3 decide by it.
+    // What every token reads is of open_dtype, as the activations are: the open tokens, and S^ of all before them. They
+    // are those of the open tile or, in dense form under BF16, since the last multiple of TS_FOLD_TOKENS; with R of
+    // ts_open_rows, the first position % R rows are valid. F32: open_k is k^. BF16: it is W_k h, which BF16 holds
+    // exactly, and k^ = open_gate phi(open_k) is formed where it is read; rounding k^ would move z and what rules 2 and
+    // 3 decide by it.
     ts_dtype open_dtype;
-    void *open_k;      // [T, d]
-    void *open_v;      // [T, d]
-    float *open_gate;  // [T] eq. (2); BF16 only, else NULL
-    double *open_c;    // [T] eq. (5)
-    float *query_sum;  // [d] sum of q^ over the open tile and the query heads of the group
-    double *decay_end; // [1] E of the last complete tile, eq. (6)
-    void *state;       // [d, d] S^ of the open tile, eq. (8), of open_dtype; row i belongs to feature i of k^
+    void *open_k;      // [R, d]
+    void *open_v;      // [R, d]
+    float *open_gate;  // [R] eq. (2); BF16 only, else NULL
+    double *open_c;    // [R] eq. (5), from the first open token on
+    float *query_sum;  // [d] sum of q^ over the open tile and the query heads of the group; sparse form reads it
+    double *decay_end; // [1] E where S^ stands: of the last complete tile, eq. (6), or of the tokens folded since
+    void *state;       // [d, d] S^ of the open tokens, eq. (8), of open_dtype; row i belongs to feature i of k^
     // [d, d] what BF16 left out of S^: its f32 bits are (state's << 16) + state_rest, and state is the nearest BF16.
     // The recurrence of the dense form carries S^ on, so it needs them all. BF16 in dense form only, else NULL.
     int16_t *state_rest;
-    float *mass;     // [d] z^ of the open tile
+    float *mass;     // [d] z^ of the open tokens
     int64_t *pairs;  // [2] tile pairs available and selected so far
     int32_t *n_held; // [1] tiles held: slots 0 .. n_held - 1 of the sequence. Sparse form only, as all below
 

@@ -180,7 +180,7 @@ done:
 }
 
 // The next T steps: sequence s stands s % T tokens further in its tile than sequence 0, so that every step completes a
-// tile of some and open tiles are half full in the mean.
+// tile of some and open tiles, or groups of open tokens, are half full in the mean.
 static ts_status prepare_steps(ts_kernel_bench *b, void *context) {
     ts_status status = TS_OK;
     attention_case *c = context;
@@ -202,12 +202,13 @@ static ts_status bench_attention_decode(ts_kernel_bench *b) {
     const int64_t T = shape.tile_size, n_tokens = (s->repeat + 8) * T;
     const int64_t max_rows = s->batch * T > s->batch ? s->batch * T : s->batch;
     const double n = (double)s->batch, H = (double)s->heads, KV = (double)s->kv_heads, d = (double)s->head_dim;
-    // Of a KV head: S^, z^, the query sum, half a tile of keys, values and c (f64), and the row that is added. A T-th
-    // of the heads close their tile: they read and write S^ in f32, and the whole tile.
+    // Of a KV head: S^, z^, the mean number of open keys, values, gates and c (f64), and the row that is added. An R-th
+    // of the heads fold these into S^: they read what BF16 left out of it, and write it in f32. F32 sums queries, too.
     const double element = (double)ts_dtype_bytes(b->dtype), open_row = 2 * d * element + (element < 4 ? 12 : 8);
-    const double token = ((double)T / 2 + 1) * open_row + d * d * element + 3 * d * 4;
-    const double closing = (2 * d * d * 4 + (double)T * open_row) / (double)T;
-    const double bytes = n * (KV * (token + closing) + (2 * H * d + 2 * KV * d + 2 * KV) * element);
+    const double R = ts_open_rows(false, b->dtype, (int32_t)T);
+    const double token = ((R - 1) / 2 + 1) * open_row + d * d * element + (element < 4 ? 1 : 3) * d * 4;
+    const double folding = (d * d * (element < 4 ? 6 : 4) + d * 4) / R;
+    const double bytes = n * (KV * (token + folding) + (2 * H * d + 2 * KV * d + 2 * KV) * element);
     const double flops = 2 * n * (H * (d * d + (double)T * d) + KV * d * d);
     attention_case c;
     json_t *result;
@@ -223,7 +224,7 @@ static ts_status bench_attention_decode(ts_kernel_bench *b) {
     TS_TRY(run_attention(b, &c, 0));
     c.position = 1;
     const ts_kernel_call call = {.prepare = prepare_steps, .run = run_attention, .context = &c, .n_calls = T};
-    snprintf(text, sizeof text, "%lld sequences, %lld of %lld heads of %lld, open tiles half full", (long long)s->batch,
+    snprintf(text, sizeof text, "%lld sequences, %lld of %lld heads of %lld", (long long)s->batch,
              (long long)s->kv_heads, (long long)s->heads, (long long)s->head_dim);
     TS_TRY(ts_kernel_bench_time(b, "attention decode", text, bytes, flops, &call, &result));
 done:

@@ -45,15 +45,16 @@ static size_t rest_bytes(const ts_tile_cache_shape *shape) {
 }
 
 static int layer_arrays(const ts_tile_cache_shape *shape, layer_array arrays[MAX_ARRAYS]) {
-    const size_t d = (size_t)shape->head_dim, T = (size_t)shape->tile_size;
-    const size_t open_bytes = T * d * ts_dtype_bytes(shape->open_dtype);
+    const size_t d = (size_t)shape->head_dim;
+    const size_t R = (size_t)ts_open_rows(shape->is_sparse, shape->open_dtype, shape->tile_size);
+    const size_t open_bytes = R * d * ts_dtype_bytes(shape->open_dtype);
     const size_t state_bytes = d * d * ts_dtype_bytes(shape->open_dtype);
     const bool is_fp8 = shape->slot_dtype == TS_FP8_E4M3;
     const layer_array all[] = {
         {offsetof(ts_tile_cache_layer, open_k), open_bytes, false},
         {offsetof(ts_tile_cache_layer, open_v), open_bytes, false},
-        {offsetof(ts_tile_cache_layer, open_gate), shape->open_dtype == TS_F32 ? 0 : T * sizeof(float), false},
-        {offsetof(ts_tile_cache_layer, open_c), T * sizeof(double), false},
+        {offsetof(ts_tile_cache_layer, open_gate), shape->open_dtype == TS_F32 ? 0 : R * sizeof(float), false},
+        {offsetof(ts_tile_cache_layer, open_c), R * sizeof(double), false},
         {offsetof(ts_tile_cache_layer, query_sum), d * sizeof(float), false},
         {offsetof(ts_tile_cache_layer, decay_end), sizeof(double), false},
         {offsetof(ts_tile_cache_layer, state), state_bytes, false},

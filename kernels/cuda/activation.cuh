@@ -46,6 +46,15 @@ __device__ __forceinline__ void store4(bf16 *p, float4 x) {
     *reinterpret_cast<uint2 *>(p) = u;
 }
 
+__device__ __forceinline__ void unpack(const uint4 &raw, float (&x)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
 // Two neighbours; p is aligned to two elements.
 __device__ __forceinline__ void store2(float *p, float x, float y) {
     *reinterpret_cast<float2 *>(p) = make_float2(x, y);

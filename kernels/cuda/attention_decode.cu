@@ -1,15 +1,16 @@
-// One token of every sequence: appended to the open tile, then eq. (9) against that tile and S^, z^. One block a
-// sequence and KV head, so that nothing depends on the batch.
+// One token of every sequence: appended to the open tokens, then eq. (9) against those and S^, z^. One block a sequence
+// and KV head, so that nothing depends on the batch.
 //
-// Bound by reading S^ and the open tile once. A thread asks for its 16 bytes of every row it has a part in before it
-// waits for any, and no thread reads another's. Where S^ and tile are small (D 64, BF16) they go to shared memory as
-// asynchronous copies, which take no registers, so that more blocks share a multiprocessor; else to registers. A row
-// lies across kLanes neighbouring lanes of a warp.
+// Bound by reading S^ and the open rows once. A thread asks for its 16 bytes of every row it has a part in before it
+// waits for any, and no thread reads another's. Where S^ and rows are small (D 64, BF16) they go to shared memory as
+// asynchronous copies, which take no registers, so that more blocks share a multiprocessor; else to registers.
 //
-// Under BF16 activations S^ is read as BF16, as prefill reads it for the same product. In dense form a token that
-// completes its tile closes it here, eqs. (6) to (8), and there S^ is taken and left in f32 (split_float.cuh).
-#include "kernels/cuda/split_float.cuh"
-#include "kernels/cuda/tile_state.cuh"
+// Under BF16 activations S^ is read as BF16, as prefill reads it for the same product. In dense form the open tokens
+// are folded into S^ here once there are R of them (open_fold.cuh), and there S^ is taken and left in f32
+// (split_float.cuh). Under BF16 R is 16: less to read for every token, and S^ written that much more often.
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/open_fold.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
 
 namespace {
 
@@ -35,30 +36,35 @@ template <> struct decode_arithmetic<ts::bf16> {
     }
 };
 
-template <typename A, int D, int T> struct decode_shape : decode_arithmetic<A> {
-    static constexpr int kVector = 16 / (int)sizeof(A); // elements that a thread has of a row
-    static constexpr int kLanes = D / kVector;
-    static constexpr int kRows = 32 / kLanes; // that a warp asks for at once
-    static constexpr int kWarps = sizeof(A) == 4 || D == 128 ? 8 : 4;
-    static constexpr int kThreads = 32 * kWarps, kParts = kWarps * kRows;
-    static constexpr int kStateRows = D / kParts, kTileRows = T / kParts; // of a lane
-    static constexpr bool kShared = kWarps == 4;                          // holds its rows in shared memory
-    static constexpr int kBlocks = kShared ? 7 : sizeof(A) == 4 ? 1 : 2;  // of a multiprocessor
-    static constexpr int kSumBytes = kParts * D * (int)sizeof(float);
-    static constexpr int kRowBytes = !kShared ? 0 : (kStateRows + 2 * kTileRows) * kThreads * 16;
-    static_assert(kTileRows % 2 == 0, "rows are taken two at a time");
-    static_assert(kTileRows * kRows <= 32, "a lane for every token of its warp");
-    static_assert(kThreads >= T && kThreads >= D, "a thread for every token and every feature");
-};
+// R: rows of the open buffers.
+template <typename A, int D, int R>
+constexpr int kDecodeWarps = sizeof(A) == 4        ? 8
+                             : R == TS_FOLD_TOKENS ? D / 32
+                                                   : D / 16;
 
-template <int n> __device__ __forceinline__ void unpack_row(const uint4 &raw, float (&x)[n]) {
-    if constexpr (n == 8) {
-        ts::unpack(raw, x);
-    } else {
-        x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
-        x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
-    }
-}
+template <typename A, int D, int R>
+struct decode_shape : decode_arithmetic<A>, ts::row_shares<A, D, 32 * kDecodeWarps<A, D, R>> {
+    using shares = ts::row_shares<A, D, 32 * kDecodeWarps<A, D, R>>;
+    using shares::kVector, shares::kLanes, shares::kParts, shares::kThreads, shares::kStateRows;
+    static constexpr bool kDense = sizeof(A) == 2 && R == TS_FOLD_TOKENS; // else: in F32 either form, in BF16 sparse
+    static constexpr bool kMayFold = kDense || sizeof(A) == 4;
+    static constexpr int kWarps = kThreads / 32;
+    static constexpr int kRows = 32 / kLanes; // that a warp asks for at once
+    static constexpr int kOpenRows = R / kParts;
+    static constexpr bool kShared = sizeof(A) == 2 && D == 64; // holds its rows in shared memory
+    static constexpr int kBlocks = kShared          ? 28 / kWarps - 2 * kDense
+                                   : sizeof(A) == 4 ? 1
+                                                    : 16 / kWarps; // of a multiprocessor
+    static constexpr int kSumBytes = kParts * D * (int)sizeof(float);
+    static constexpr int kRowBytes = !kShared ? 0 : (kStateRows + 2 * kOpenRows) * kThreads * 16;
+    // Keys and, where they are in registers, values of the tokens to fold.
+    static constexpr int kFoldBytes = R * D * (int)(sizeof(float) + (kShared ? 0 : sizeof(A)));
+    static_assert(kOpenRows % 2 == 0, "rows are taken two at a time");
+    static_assert(kOpenRows * kRows <= 32, "a lane for every token of its warp");
+    static_assert(kThreads >= D, "a thread for every feature");
+    static_assert(!kShared || !kDense || kFoldBytes <= kSumBytes + kStateRows * kThreads * 16,
+                  "keys are staged where S^ was");
+};
 
 // A thread's 16 bytes of n rows: in shared memory, where those of one row lie side by side.
 template <typename A, int n, int kThreads, bool kShared> struct row_parts {
@@ -75,6 +81,10 @@ template <typename A, int n, int kThreads, bool kShared> struct row_parts {
     }
     __device__ __forceinline__ void set(int i, const uint4 &x) {
         at[i * kThreads] = x;
+    }
+    // Of all threads: row after row.
+    __device__ __forceinline__ const uint4 *base() const {
+        return at - threadIdx.x;
     }
     __device__ __forceinline__ void keep_packed() {
     }
@@ -97,6 +107,9 @@ template <typename A, int n, int kThreads> struct row_parts<A, n, kThreads, fals
     __device__ __forceinline__ void set(int i, const uint4 &x) {
         rows[i] = x;
     }
+    __device__ __forceinline__ const uint4 *base() const {
+        return NULL;
+    }
     // Keeps the compiler from unpacking rows once for all query heads, for which there are no registers.
     __device__ __forceinline__ void keep_packed() {
 #pragma unroll
@@ -108,12 +121,12 @@ template <typename A, int n, int kThreads> struct row_parts<A, n, kThreads, fals
 // Part of q^ . k^ but for the key's gate where that is not in k^ (BF16).
 __device__ __forceinline__ float part_of_dot(const float (&q)[4], const uint4 &key) {
     float k[4];
-    unpack_row(key, k);
+    ts::unpack(key, k);
     return q[0] * k[0] + q[1] * k[1] + q[2] * k[2] + q[3] * k[3];
 }
 __device__ __forceinline__ float part_of_dot(const float (&q)[8], const uint4 &key) {
     float k[8], sum = 0;
-    unpack_row(key, k);
+    ts::unpack(key, k);
 #pragma unroll
     for (int e = 0; e < 8; e++)
         sum += q[e] * ts::elu1_fast(k[e]);
@@ -123,7 +136,7 @@ __device__ __forceinline__ float part_of_dot(const float (&q)[8], const uint4 &k
 // The new token's key as the open tile keeps it.
 __device__ __forceinline__ uint4 opened(float gate, const uint4 &raw, const float *) {
     float k[4];
-    unpack_row(raw, k);
+    ts::unpack(raw, k);
 #pragma unroll
     for (int e = 0; e < 4; e++)
         k[e] = ts::open_key(&k[e], gate);
@@ -133,74 +146,32 @@ __device__ __forceinline__ uint4 opened(float gate, const uint4 &raw, const ts::
     return raw;
 }
 
-// S^ and z^ of the tile that follows.
-template <typename A, int D, int T>
-__device__ void close_tile(const ts_cuda_attention &a, int index, const ts_span &span, int j, double c_now,
-                           float before, float *reach_of) {
-    extern __shared__ float4 stage[];
-    constexpr int kThreads = decode_shape<A, D, T>::kThreads;
-    const int tid = threadIdx.x;
-    const int64_t tile = span.position / T, head = ts::head_of(a, span.sequence, j);
-    const ts_cuda_piece piece = {
-        .span = index, .sequence = span.sequence, .n_tokens = 1, .first = T - 1, .row = span.row, .tile = tile};
-    const ts::tile_keys<A, D> keys(a, piece, j);
-    const float reach = ts::reach_of(c_now);
-    __syncthreads(); // the token is in the open tile
-    if (tid < T)
-        reach_of[tid] = ts::reach_of(c_now - keys.c[tid]);
-    float4 staged = make_float4(0, 0, 0, 0);
-    const auto decayed = [&](int row, int column) {
-        const int64_t at = (head * D + row) * D + column;
-        float2 x;
-        if constexpr (sizeof(A) == 4)
-            x = *(const float2 *)((const float *)a.cache.state + at);
-        else
-            x = ts::load_split2(a.cache.state, a.cache.state_rest, at);
-        return make_float2(reach * x.x, reach * x.y);
-    };
-    const auto store = [&](int row, int column, float x, float y) {
-        const int64_t at = (head * D + row) * D + column;
-        if constexpr (sizeof(A) == 4)
-            ts::store2((float *)a.cache.state + at, x, y);
-        else
-            ts::store_split2(a.cache.state, a.cache.state_rest, at, x, y);
-    };
-    ts::tile_state<A, D, kThreads>(keys, T, reach_of, stage, &staged, decayed, store);
-    const float mass = ts::tile_mass<D, kThreads>(staged, stage);
-    if (tid < D)
-        a.cache.mass[head * D + tid] = reach * before + mass;
-    if (tid == 0) {
-        a.cache.decay_end[head] += c_now;
-        a.cache.pairs[2 * head] += tile + 1;
-        a.cache.pairs[2 * head + 1] += tile + 1;
-    }
-}
-
-template <typename A, int D, int T>
-__global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<A, D, T>::kBlocks)
+template <typename A, int D, int R>
+__global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<A, D, R>::kBlocks)
     decode_kernel(const __grid_constant__ ts_cuda_attention a) {
-    using shape = decode_shape<A, D, T>;
+    using shape = decode_shape<A, D, R>;
     using decay = typename shape::decay;
     constexpr int kVector = shape::kVector, kLanes = shape::kLanes, kRows = shape::kRows, kWarps = shape::kWarps;
-    constexpr int kStateRows = shape::kStateRows, kTileRows = shape::kTileRows, kParts = shape::kParts;
+    constexpr int kStateRows = shape::kStateRows, kOpenRows = shape::kOpenRows, kParts = shape::kParts;
     extern __shared__ float4 stage[];
     auto &sums = *(float(*)[kParts][D])stage;
-    __shared__ float queries[kHeadsAtOnce][D], below_of[kWarps], reach_of[T], new_gate;
+    __shared__ float queries[kHeadsAtOnce][D], below_of[kWarps], new_gate;
     __shared__ double new_c;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, column = lane % kLanes * kVector;
-    const int first = warp * kRows + lane / kLanes; // of this lane's rows, which lie kParts apart
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int first = shape::first(), column = shape::column(); // of this thread's rows, which lie kParts apart
     const int index = blockIdx.x / a.cache.n_kv_heads, j = blockIdx.x - index * a.cache.n_kv_heads;
     const int group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[index];
     if (span.sequence == TS_PADDING)
         return;
     const int64_t head = ts::head_of(a, span.sequence, j);
-    const int n = (int)(span.position % T);
+    const int n = (int)(span.position % R);
+    const bool folds = shape::kMayFold && !a.cache.is_sparse && n == R - 1;
     const A *state_at = (const A *)a.cache.state + head * D * D + first * D + column;
-    A *open_k = (A *)a.cache.open_k + head * T * D + first * D + column;
-    A *open_v = (A *)a.cache.open_v + head * T * D + first * D + column;
-    double *open_c = a.cache.open_c + head * T;
-    float *open_gate = sizeof(A) < 4 ? a.cache.open_gate + head * T : NULL;
+    A *open_k = (A *)a.cache.open_k + head * R * D + first * D + column;
+    A *open_v = (A *)a.cache.open_v + head * R * D + first * D + column;
+    double *open_c = a.cache.open_c + head * R;
+    float *open_gate = sizeof(A) < 4 ? a.cache.open_gate + head * R : NULL;
     const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
     // What the block waits for first is asked for first.
     const A *queries_at = row.q + j * group * D;
@@ -215,26 +186,32 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
     }
     // Each lane weighs one of its warp's tokens: that of row lane / kRows of lane group lane % kRows.
     const int weighed = warp * kRows + lane % kRows + lane / kRows * kParts;
-    const bool is_open = lane < kTileRows * kRows && weighed < n;
+    const bool is_open = lane < kOpenRows * kRows && weighed < n;
     double c_of_weighed = is_open ? open_c[weighed] : 0.0;
     const float gate_of_weighed = sizeof(A) < 4 && is_open ? open_gate[weighed] : 1.0f;
     uint4 *shared_rows = (uint4 *)((char *)stage + shape::kSumBytes);
     row_parts<A, kStateRows, shape::kThreads, shape::kShared> state(shared_rows);
-    row_parts<A, kTileRows, shape::kThreads, shape::kShared> keys(shared_rows + kStateRows * shape::kThreads);
-    row_parts<A, kTileRows, shape::kThreads, shape::kShared> values(shared_rows +
-                                                                    (kStateRows + kTileRows) * shape::kThreads);
+    row_parts<A, kOpenRows, shape::kThreads, shape::kShared> keys(shared_rows + kStateRows * shape::kThreads);
+    row_parts<A, kOpenRows, shape::kThreads, shape::kShared> values(shared_rows +
+                                                                    (kStateRows + kOpenRows) * shape::kThreads);
 #pragma unroll
     for (int i = 0; i < kStateRows; i++)
         state.ask(i, state_at + i * kParts * D, true);
 #pragma unroll
-    for (int i = 0; i < kTileRows; i++) {
+    for (int i = 0; i < kOpenRows; i++) {
         const int m = first + i * kParts;
         keys.ask(i, m < n ? open_k + i * kParts * D : row.k + j * D + column, m <= n);
         values.ask(i, m < n ? open_v + i * kParts * D : row.v + j * D + column, m <= n);
     }
     ts::copy_commit();
+    if (shape::kDense && folds) { // asked for at last, and not to be waited for then
+#pragma unroll
+        for (int i = 0; i < kStateRows; i++)
+            asm volatile(
+                "prefetch.global.L2 [%0];" ::"l"(a.cache.state_rest + (head * D + first + i * kParts) * D + column));
+    }
     const float mass = tid < D ? a.cache.mass[head * D + tid] : 0.0f;
-    float query_sum = tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
+    float query_sum = !shape::kDense && tid < D && n > 0 ? a.cache.query_sum[head * D + tid] : 0.0f;
     const auto take_queries = [&](int h0) {
         const int n_queries = min(kHeadsAtOnce, group - h0) * D;
 #pragma unroll 1
@@ -257,10 +234,10 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
     const float weigh = is_open        ? gate_of_weighed * shape::reach_of((decay)c_now - (decay)c_of_weighed)
                         : weighed == n ? (sizeof(A) < 4 ? new_gate : 1.0f)
                                        : 0.0f;
-    float scale_of[kTileRows];
+    float scale_of[kOpenRows];
     ts::copy_wait<0>();
 #pragma unroll
-    for (int i = 0; i < kTileRows; i++) {
+    for (int i = 0; i < kOpenRows; i++) {
         scale_of[i] = __shfl_sync(~0u, weigh, i * kRows + lane / kLanes);
         if (first + i * kParts == n) {
             keys.set(i, opened(new_gate, keys.get(i), (const A *)NULL));
@@ -283,7 +260,7 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
 #pragma unroll
         for (int i = 0; i < kStateRows; i++) {
             const float weight = reach * query[first + i * kParts];
-            unpack_row(state.get(i), x);
+            ts::unpack(state.get(i), x);
 #pragma unroll
             for (int e = 0; e < kVector; e++)
                 acc[e] += weight * x[e];
@@ -300,7 +277,7 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
         }
         // Two rows at a time, whose sums over lanes do not wait for each other.
 #pragma unroll
-        for (int i = 0; i < kTileRows; i += 2) {
+        for (int i = 0; i < kOpenRows; i += 2) {
             if (warp * kRows + i * kParts > n) // no token in the whole warp
                 break;
             float dots[2] = {part_of_dot(q, keys.get(i)), part_of_dot(q, keys.get(i + 1))};
@@ -313,7 +290,7 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
             for (int r = 0; r < 2; r++) {
                 const float weight = dots[r] * scale_of[i + r];
                 below += column == 0 ? weight : 0.0f;
-                unpack_row(values.get(i + r), x);
+                ts::unpack(values.get(i + r), x);
 #pragma unroll
                 for (int e = 0; e < kVector; e++)
                     acc[e] += weight * x[e];
@@ -337,30 +314,72 @@ __global__ void __launch_bounds__(decode_shape<A, D, T>::kThreads, decode_shape<
             ts::store((A *)a.y.data + span.row * a.y.stride + (j * group + h) * D + tid, shape::ratio(y, mass_below));
         }
     }
-    if (tid < D)
+    if (!shape::kDense && tid < D)
         a.cache.query_sum[head * D + tid] = query_sum;
-    if (!a.cache.is_sparse && n == T - 1)
-        close_tile<A, D, T>(a, index, span, j, c_now, mass, reach_of);
+    if constexpr (shape::kMayFold) {
+        if (!folds)
+            return;
+        uint4 old[kStateRows];
+#pragma unroll
+        for (int i = 0; i < kStateRows; i++)
+            old[i] = state.get(i);
+        float *fold_keys = (float *)stage;
+        A *fold_values = shape::kShared ? (A *)values.base() : (A *)(fold_keys + R * D);
+        __syncthreads(); // the sums have been read, and S^ taken from where the keys go
+#pragma unroll
+        for (int i = 0; i < kOpenRows; i++) {
+            float x[kVector];
+            ts::unpack(keys.get(i), x);
+#pragma unroll
+            for (int e = 0; e < kVector; e++)
+                x[e] = scale_of[i] * (sizeof(A) == 4 ? x[e] : ts::elu1_fast(x[e]));
+#pragma unroll
+            for (int e = 0; e < kVector; e += 4)
+                ts::store4(fold_keys + (first + i * kParts) * D + column + e,
+                           make_float4(x[e], x[e + 1], x[e + 2], x[e + 3]));
+            if (!shape::kShared)
+                *(uint4 *)(fold_values + (first + i * kParts) * D + column) = values.get(i);
+        }
+        __syncthreads();
+        ts::fold_state<typename shape::shares, A, D>((A *)a.cache.state, a.cache.state_rest, head, reach, R, fold_keys,
+                                                     fold_values, [&](int i) { return old[i]; });
+        if (tid < D)
+            a.cache.mass[head * D + tid] = ts::fold_mass<D>(mass, reach, R, fold_keys);
+        if (tid == 0) {
+            a.cache.decay_end[head] += c_now;
+            if ((span.position + 1) % a.cache.tile_size == 0) {
+                const int64_t n_tiles = (span.position + 1) / a.cache.tile_size;
+                a.cache.pairs[2 * head] += n_tiles;
+                a.cache.pairs[2 * head + 1] += n_tiles;
+            }
+        }
+    }
 }
 
-template <typename A, int D, int T> void launch_tile(cudaStream_t stream, const ts_cuda_attention *a) {
-    using shape = decode_shape<A, D, T>;
-    constexpr int closing = ts::kStateStage<A, D>;
+template <typename A, int D, int R> void launch_rows(cudaStream_t stream, const ts_cuda_attention *a) {
+    using shape = decode_shape<A, D, R>;
     constexpr int token = shape::kSumBytes + shape::kRowBytes;
-    const int bytes = a->cache.is_sparse || closing < token ? token : closing;
-    static_assert(token <= 163 << 10 && closing <= 163 << 10, "what a block may have on an A100");
+    const int bytes = a->cache.is_sparse || shape::kFoldBytes < token ? token : shape::kFoldBytes;
+    static_assert(token <= 163 << 10 && (shape::kFoldBytes <= 163 << 10), "what a block may have on an A100");
     const unsigned n_blocks = (unsigned)a->pieces.n_spans * (unsigned)a->cache.n_kv_heads;
-    (void)cudaFuncSetAttribute(decode_kernel<A, D, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    decode_kernel<A, D, T><<<n_blocks, shape::kThreads, bytes, stream>>>(*a);
+    (void)cudaFuncSetAttribute(decode_kernel<A, D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    decode_kernel<A, D, R><<<n_blocks, shape::kThreads, bytes, stream>>>(*a);
 }
 
 template <typename A> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    if (a->cache.head_dim == 64)
-        launch_tile<A, 64, 64>(stream, a);
+    const bool d64 = a->cache.head_dim == 64;
+    if constexpr (sizeof(A) == 2) {
+        if (!a->cache.is_sparse) {
+            d64 ? launch_rows<A, 64, TS_FOLD_TOKENS>(stream, a) : launch_rows<A, 128, TS_FOLD_TOKENS>(stream, a);
+            return;
+        }
+    }
+    if (d64)
+        launch_rows<A, 64, 64>(stream, a);
     else if (a->cache.tile_size == 64)
-        launch_tile<A, 128, 64>(stream, a);
+        launch_rows<A, 128, 64>(stream, a);
     else
-        launch_tile<A, 128, 128>(stream, a);
+        launch_rows<A, 128, 128>(stream, a);
 }
 
 } // namespace

@@ -10,50 +10,10 @@
 // mass.
 #include "kernels/cuda/attention_dense.h"
 #include "kernels/cuda/attention_dense_cluster.cuh"
+#include "kernels/cuda/attention_dense_ends.cuh"
 #include "kernels/cuda/attention_dense_kernel.cuh"
 
 namespace ts {
-
-// --- what a span leaves ---
-
-__device__ __forceinline__ double log_sigmoid_exact(float x) {
-    return fmin((double)x, 0.0) - log1p(exp(-fabs((double)x)));
-}
-
-// Keys, values, gates and c of the tokens of each span's last, incomplete tile, eqs. (3) to (5), and the pairs of the
-// tiles that it completes. One block per (span, KV head).
-__global__ void end_spans(const DenseArgs a, int head_dim, double decay_temperature) {
-    const ts_span span = a.spans[blockIdx.x];
-    const int head = blockIdx.y, tile = a.tile_size;
-    const int64_t at = (int64_t)span.sequence * a.n_kv_heads + head, end = span.position + span.n_tokens;
-    const int64_t tile_start = end / tile * tile, begin = span.position > tile_start ? span.position : tile_start;
-    const int n = (int)(end - begin), first = (int)(begin - tile_start);
-    const __nv_bfloat16 *from = a.qkvg + (span.row + begin - span.position) * a.stride;
-    const int64_t k_column = (int64_t)(a.n_heads + head) * head_dim,
-                  v_column = k_column + (int64_t)a.n_kv_heads * head_dim,
-                  gate_column = (int64_t)(a.n_heads + 2 * a.n_kv_heads) * head_dim + head;
-    for (int i = threadIdx.x; i < n * head_dim; i += blockDim.x) {
-        const __nv_bfloat16 *row = from + i / head_dim * a.stride;
-        const int64_t to = (at * tile + first) * head_dim + i;
-        a.open_k[to] = row[k_column + i % head_dim];
-        a.open_v[to] = row[v_column + i % head_dim];
-        if (i % head_dim == 0)
-            a.open_gate[at * tile + first + i / head_dim] = 1.0f / (1.0f + expf(-__bfloat162float(row[gate_column])));
-    }
-    if (threadIdx.x == 0) {
-        // Every earlier tile is available to the tile after each that completes, and selected.
-        const int64_t first_tile = span.position / tile, n_done = end / tile - first_tile;
-        const int64_t n_pairs = n_done * (first_tile + 1) + n_done * (n_done - 1) / 2;
-        a.pairs[2 * at] += n_pairs;
-        a.pairs[2 * at + 1] += n_pairs;
-        double c = first > 0 ? a.open_c[at * tile + first - 1] : 0.0;
-        for (int m = 0; m < n; m++) {
-            c += log_sigmoid_exact(__bfloat162float(from[m * a.stride + gate_column + a.n_kv_heads])) /
-                 decay_temperature;
-            a.open_c[at * tile + first + m] = c;
-        }
-    }
-}
 
 // --- launcher ---
 
@@ -142,7 +102,7 @@ static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     ClusterLayout l = {};
     int64_t most = 0;
     for (int i = 0; i < batch->n_spans; i++) {
-        const int64_t n_tiles = (batch->spans[i].position % 64 + batch->spans[i].n_tokens + 63) / 64;
+        const int64_t n_tiles = (batch->spans[i].position % kOpenRows + batch->spans[i].n_tokens + 63) / 64;
         most = n_tiles > most ? n_tiles : most;
     }
     const int64_t pairs = (int64_t)batch->n_spans * args->cache->n_kv_heads;
@@ -233,8 +193,6 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     char *base = (char *)workspace;
     DenseArgs a = {};
     TS_CHECK(d == 64 || d == 128, TS_ERR_UNSUPPORTED, "attention: head size %d; 64 and 128 are built", d);
-    TS_CHECK(cache->tile_size == 64 || (cache->tile_size == 128 && d == 128), TS_ERR_UNSUPPORTED,
-             "attention: tile size %d with head size %d; 64 is built, and 128 for head size 128", cache->tile_size, d);
     TS_CHECK(args->qkvg.dtype == TS_BF16 && args->y.dtype == TS_BF16, TS_ERR_UNSUPPORTED,
              "attention: projections %s and outputs %s; both BF16 are built", ts_dtype_name(args->qkvg.dtype),
              ts_dtype_name(args->y.dtype));
@@ -250,7 +208,6 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.n_spans = batch->n_spans;
     a.n_heads = cache->n_heads;
     a.n_kv_heads = cache->n_kv_heads;
-    a.tile_size = cache->tile_size;
     a.decay_scale = (float)(1.4426950408889634 / args->decay_temperature);
     a.normalizer_eps = (float)args->normalizer_eps;
     a.open_k = (__nv_bfloat16 *)cache->open_k;
@@ -274,7 +231,10 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         auto *launch = d == 64 ? launch_both<64, false> : hopper ? launch_both<128, true> : launch_both<128, false>;
         TS_TRY(launch(a, l, on));
     }
-    end_spans<<<heads, 128, 0, on>>>(a, d, args->decay_temperature);
+    if (d == 64)
+        end_spans<64><<<heads, 128, 0, on>>>(a, cache->tile_size, args->decay_temperature);
+    else
+        end_spans<128><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
     TS_TRY(launch_status("the store of what spans leave"));
 done:
     return status;

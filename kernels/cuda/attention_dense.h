@@ -8,7 +8,7 @@
 //
 // args->qkvg and args->y are BF16. Rows must begin at multiples of 16 bytes. Of the cache it reads and advances open_k,
 // open_v, open_gate, open_c, decay_end, state, state_rest, mass and pairs; query_sum and everything of the sparse form
-// are left alone. Head size 64 or 128; tile size 64, or 128 where the head size is 128.
+// are left alone. Head size 64 or 128.
 //
 // A row's value depends on its own sequence and on the position where the span begins, never on the rest of the batch.
 #ifndef TS_CUDA_ATTENTION_DENSE_H

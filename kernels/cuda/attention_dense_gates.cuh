@@ -14,12 +14,15 @@ __device__ __forceinline__ float open_feature(__nv_bfloat16 k, float gate) {
     return gate * (x > 0.0f ? x + 1.0f : expf(x));
 }
 
+// Tokens are counted from the sequence's first open token, so that chunks need not begin where tiles do.
+constexpr int kOpenRows = TS_FOLD_TOKENS;
+
 struct DenseArgs {
     const __nv_bfloat16 *qkvg;
     __nv_bfloat16 *y;
     int64_t stride, y_stride;
     const ts_span *spans;
-    int n_spans, n_heads, n_kv_heads, tile_size;
+    int n_spans, n_heads, n_kv_heads;
     float decay_scale; // log2(e) / decay_temperature
     float normalizer_eps;
     __nv_bfloat16 *open_k, *open_v; // as in ts_tile_cache_layer

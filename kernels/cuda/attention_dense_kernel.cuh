@@ -12,7 +12,7 @@ struct Segment {
     int head;
     int n_chunks;
     int begin, end;    // the span's tokens
-    int closing_chunk; // at whose end the tile begins that is open after this span; -1 when that is elsewhere
+    int closing_chunk; // the span's last whole one, whose state goes to the cache; -1 when that is elsewhere
 };
 
 // Segment that begins `first_chunk` chunks into the run.
@@ -22,7 +22,7 @@ __device__ __forceinline__ Segment segment_of(const DenseArgs &a, const Run &run
     const int n_chunks = min(DenseShape<D>::segment / kChunk, n_run_chunks - first_chunk);
     const int64_t first = (position / kChunk + (int64_t)run.index * run.cut.run_chunks + first_chunk) * kChunk,
                   end = min(first + n_chunks * kChunk, span_end);
-    const int64_t open_start = span_end / a.tile_size * a.tile_size;
+    const int64_t open_start = span_end / kChunk * kChunk;
     Segment s;
     s.row = run.span.row + first - position;
     s.head = run.head;

@@ -82,7 +82,7 @@ __device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, i
         w.pair = item - w.piece * pairs;
         const int index = w.pair / a.n_kv_heads;
         const ts_span span = a.spans[index];
-        w.begin = (int)(span.position % 64);
+        w.begin = (int)(span.position % kOpenRows);
         w.end = w.begin + span.n_tokens;
         const int n_tiles = (int)((w.end + 63) / 64);
         w.first_tile = w.piece * kPieceTiles;
@@ -120,9 +120,10 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             load_split8(a.state, a.state_rest, state, s);
             z = a.mass[at * 64 + row];
             if (w.begin > 0) { // the tokens of the open tile before the span
-                const __nv_bfloat16 *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
-                const float *open_gate = a.open_gate + at * 64;
-                const double *open_c = a.open_c + at * 64;
+                const __nv_bfloat16 *open_k = a.open_k + at * kOpenRows * 64 + row,
+                                    *open_v = a.open_v + at * kOpenRows * 64 + column;
+                const float *open_gate = a.open_gate + at * kOpenRows;
+                const double *open_c = a.open_c + at * kOpenRows;
                 log_sum = open_c[w.begin - 1];
                 const float carried = (float)exp(log_sum);
 #pragma unroll

@@ -9,7 +9,7 @@
 #ifndef TS_CUDA_ATTENTION_DENSE_RUNS_CUH
 #define TS_CUDA_ATTENTION_DENSE_RUNS_CUH
 
-#include "kernels/ops.h"
+#include "kernels/cuda/attention_dense_gates.cuh"
 
 namespace ts {
 
@@ -25,7 +25,7 @@ struct SpanRuns {
 // `wanted`: runs that a long span is cut into.
 __host__ __device__ inline SpanRuns span_runs(const ts_span &span, int wanted) {
     SpanRuns s;
-    s.n_chunks = (int)((span.position % kChunk + span.n_tokens + kChunk - 1) / kChunk);
+    s.n_chunks = (int)((span.position % kOpenRows + span.n_tokens + kChunk - 1) / kChunk);
     const int run_chunks = (s.n_chunks + wanted - 1) / wanted;
     s.run_chunks = run_chunks > kLeastRun ? run_chunks : kLeastRun;
     s.n_runs = (s.n_chunks + s.run_chunks - 1) / s.run_chunks;
@@ -74,6 +74,7 @@ __device__ __forceinline__ Run find_run(const ts_span *spans, int n_spans, int n
         }
         const int at = __ffs(found) - 1;
         r.span = spans[first + at];
+        r.span.position %= kOpenRows;
         r.cut = span_runs(r.span, wanted);
         r.index = index - __shfl_sync(~0u, runs - own_runs, at);
         r.first_slot = (int64_t)(slots_before + __shfl_sync(~0u, slots - own_slots, at)) * n_kv_heads;

@@ -96,10 +96,10 @@ template <int D> __device__ __forceinline__ void state_store(const RunningState<
 // open tile's decay, in powers of 2.
 template <int D>
 __device__ __forceinline__ double state_begin(const DenseArgs &a, const Run &run, int64_t at, RunningState<D> &r) {
-    const int n_open = (int)(run.span.position % a.tile_size);
-    const __nv_bfloat16 *open_k = a.open_k + at * a.tile_size * D, *open_v = a.open_v + at * a.tile_size * D;
-    const float *open_gate = a.open_gate + at * a.tile_size;
-    const double *open_c = a.open_c + at * a.tile_size;
+    const int n_open = (int)run.span.position;
+    const __nv_bfloat16 *open_k = a.open_k + at * kOpenRows * D, *open_v = a.open_v + at * kOpenRows * D;
+    const float *open_gate = a.open_gate + at * kOpenRows;
+    const double *open_c = a.open_c + at * kOpenRows;
     const double c_last = n_open > 0 ? open_c[n_open - 1] : 0.0;
     const float carried = (float)exp(c_last);
     const int row = first_feature(), first_column = 2 * (threadIdx.x % 4);

@@ -25,14 +25,17 @@ __device__ __forceinline__ float2 join(split_pair pair) {
 }
 
 // Eight neighbours of S^ in dense form (ts_tile_cache_layer.state, state_rest).
-__device__ __forceinline__ void load_split8(const void *high, const int16_t *rest, int64_t at, float (&x)[8]) {
-    const uint4 h = *(const uint4 *)((const uint16_t *)high + at), r = *(const uint4 *)(rest + at);
+__device__ __forceinline__ void join8(const uint4 &h, const uint4 &r, float (&x)[8]) {
     const split_pair pairs[4] = {{h.x, r.x}, {h.y, r.y}, {h.z, r.z}, {h.w, r.w}};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 two = join(pairs[i]);
         x[2 * i] = two.x, x[2 * i + 1] = two.y;
     }
+}
+
+__device__ __forceinline__ void load_split8(const void *high, const int16_t *rest, int64_t at, float (&x)[8]) {
+    join8(*(const uint4 *)((const uint16_t *)high + at), *(const uint4 *)(rest + at), x);
 }
 
 __device__ __forceinline__ void store_split8(void *high, int16_t *rest, int64_t at, const float (&x)[8]) {

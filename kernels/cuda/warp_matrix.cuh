@@ -67,15 +67,6 @@ __device__ __forceinline__ uint4 load_raw(const bf16 *p) {
     return __ldg(reinterpret_cast<const uint4 *>(p));
 }
 
-__device__ __forceinline__ void unpack(const uint4 &raw, float (&x)[8]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        x[2 * i] = __uint_as_float(words[i] << 16);
-        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-}
-
 __device__ __forceinline__ void store_packed(bf16 *p, const float (&x)[8]) {
     *reinterpret_cast<uint4 *>(p) = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }

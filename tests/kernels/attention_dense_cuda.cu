@@ -34,6 +34,7 @@
     } while (0)
 
 constexpr double kEps = 1e-6;
+constexpr int R = TS_FOLD_TOKENS; // rows of the open buffers
 
 struct Case {
     const char *name;
@@ -66,9 +67,9 @@ static Sequence reference(const Case &c, const float *rows, int64_t stride, int6
     r.y.assign(n * c.H * d, 0);
     r.state.assign(c.KV * d * d, 0);
     r.mass.assign(c.KV * d, 0);
-    r.open_k.assign(c.KV * c.T * d, 0);
+    r.open_k.assign(c.KV * R * d, 0);
     r.open_v = r.open_k;
-    r.open_c.assign(c.KV * c.T, 0);
+    r.open_c.assign(c.KV * R, 0);
     r.decay_end.assign(c.KV, 0);
     std::vector<double> S(d * d), z(d), k(d), q(d), num(d);
     for (int j = 0; j < c.KV; j++) {
@@ -76,13 +77,13 @@ static Sequence reference(const Case &c, const float *rows, int64_t stride, int6
             continue;
         std::fill(S.begin(), S.end(), 0.0);
         std::fill(z.begin(), z.end(), 0.0);
-        double in_tile = 0;
+        double since = 0; // log decay since the state that is kept
         for (int64_t i = 0; i < n; i++) {
             const float *row = rows + i * stride;
             const double gate = 1 / (1 + exp(-(double)row[(c.H + 2 * c.KV) * d + j]));
             const double l = log_sigmoid(row[(c.H + 2 * c.KV) * d + c.KV + j]) / c.temperature, decay = exp(l);
             const float *v = row + (c.H + c.KV + j) * d;
-            in_tile += l;
+            since += l;
             for (int a = 0; a < d; a++) {
                 k[a] = gate * feature(row[(c.H + j) * d + a]);
                 z[a] = decay * z[a] + k[a];
@@ -101,17 +102,17 @@ static Sequence reference(const Case &c, const float *rows, int64_t stride, int6
                 for (int b = 0; b < d; b++)
                     r.y[(i * c.H + h) * d + b] = num[b] / den;
             }
-            const int64_t at = j * c.T + i % c.T;
+            const int64_t at = j * R + i % R;
             for (int a = 0; a < d; a++) {
                 r.open_k[at * d + a] = k[a];
                 r.open_v[at * d + a] = v[a];
             }
-            r.open_c[at] = in_tile;
-            if ((i + 1) % c.T == 0) {
+            r.open_c[at] = since;
+            if ((i + 1) % R == 0) {
                 std::copy(S.begin(), S.end(), r.state.begin() + j * d * d);
                 std::copy(z.begin(), z.end(), r.mass.begin() + j * d);
-                r.decay_end[j] += in_tile;
-                in_tile = 0;
+                r.decay_end[j] += since;
+                since = 0;
             }
         }
     }
@@ -150,8 +151,8 @@ struct Cache {
         const size_t n = (size_t)n_sequences * c.KV;
         layer.n_heads = c.H, layer.n_kv_heads = c.KV, layer.head_dim = c.d, layer.tile_size = c.T;
         layer.open_dtype = TS_BF16;
-        const size_t bytes[] = {n * c.T * c.d * 2, n * c.T * c.d * 2, n * c.T * 8, n * 8,      n * c.d * c.d * 2,
-                                n * c.d * c.d * 2, n * c.d * 4,       n * 16,      n * c.T * 4};
+        const size_t bytes[] = {n * R * c.d * 2,   n * R * c.d * 2, n * R * 8, n * 8,    n * c.d * c.d * 2,
+                                n * c.d * c.d * 2, n * c.d * 4,     n * 16,    n * R * 4};
         void **to[] = {(void **)&layer.open_k,    (void **)&layer.open_v, (void **)&layer.open_c,
                        (void **)&layer.decay_end, (void **)&layer.state,  (void **)&layer.state_rest,
                        (void **)&layer.mass,      (void **)&layer.pairs,  (void **)&layer.open_gate};
@@ -260,10 +261,10 @@ static bool check(const Case &c, const ts_cuda_attention_dense_plan &plan, const
         std::memcpy(&state[i], &bits, sizeof bits);
     }
     auto mass = to_host(cache.layer.mass, (size_t)n_sequences * c.KV * c.d);
-    auto open_k = to_host((const __nv_bfloat16 *)cache.layer.open_k, (size_t)n_sequences * c.KV * c.T * c.d);
-    auto open_v = to_host((const __nv_bfloat16 *)cache.layer.open_v, (size_t)n_sequences * c.KV * c.T * c.d);
-    auto open_gate = to_host(cache.layer.open_gate, (size_t)n_sequences * c.KV * c.T);
-    auto open_c = to_host(cache.layer.open_c, (size_t)n_sequences * c.KV * c.T);
+    auto open_k = to_host((const __nv_bfloat16 *)cache.layer.open_k, (size_t)n_sequences * c.KV * R * c.d);
+    auto open_v = to_host((const __nv_bfloat16 *)cache.layer.open_v, (size_t)n_sequences * c.KV * R * c.d);
+    auto open_gate = to_host(cache.layer.open_gate, (size_t)n_sequences * c.KV * R);
+    auto open_c = to_host(cache.layer.open_c, (size_t)n_sequences * c.KV * R);
     auto decay_end = to_host(cache.layer.decay_end, (size_t)n_sequences * c.KV);
     auto pairs = to_host(cache.layer.pairs, (size_t)n_sequences * c.KV * 2);
     bool same_pairs = true;
@@ -277,18 +278,18 @@ static bool check(const Case &c, const ts_cuda_attention_dense_plan &plan, const
             e_state.add(state[s * r.state.size() + i], r.state[i]);
         for (size_t i = 0; i < r.mass.size(); i++)
             e_mass.add(mass[s * r.mass.size() + i], r.mass[i]);
-        const int n_open = (int)(y[s].size() / (c.H * c.d) % c.T);
+        const int n_open = (int)(y[s].size() / (c.H * c.d) % R);
         const int64_t n_tiles = (int64_t)(y[s].size() / (c.H * c.d)) / c.T;
         for (int j = 0; j < c.KV; j++) {
             for (int i = 0; i < 2; i++)
                 same_pairs &= pairs[(s * c.KV + j) * 2 + i] == n_tiles * (n_tiles + 1) / 2;
             e_end.add(decay_end[s * c.KV + j], r.decay_end[j]);
             for (int m = 0; m < n_open; m++) {
-                e_c.add(open_c[(s * c.KV + j) * c.T + m], r.open_c[j * c.T + m]);
-                const int at = (s * c.KV + j) * c.T + m;
+                e_c.add(open_c[(s * c.KV + j) * R + m], r.open_c[j * R + m]);
+                const int at = (s * c.KV + j) * R + m;
                 for (int a = 0; a < c.d; a++) { // k^ = gate phi(k), as whoever reads it forms it
-                    e_open.add(open_gate[at] * feature((float)open_k[at * c.d + a]), r.open_k[(j * c.T + m) * c.d + a]);
-                    e_open.add((float)open_v[at * c.d + a], r.open_v[(j * c.T + m) * c.d + a]);
+                    e_open.add(open_gate[at] * feature((float)open_k[at * c.d + a]), r.open_k[(j * R + m) * c.d + a]);
+                    e_open.add((float)open_v[at * c.d + a], r.open_v[(j * R + m) * c.d + a]);
                 }
             }
         }
