@@ -18,7 +18,9 @@ typedef struct ts_cuda_range {
 // Of the tiles that a group of events selects.
 typedef struct ts_cuda_list {
     int64_t first_closed; // the group's first event, among the completed tiles of the batch
-    int32_t length, n_events;
+    int64_t row;          // of the token after that
+    int32_t n_rows;       // that the span has from there on, of as many as the tiles after the events may have
+    int32_t length, n_events, sequence;
 } ts_cuda_list;
 
 // One call of the op, passed to kernels by value. All pointers are device memory. Tiles that complete in the batch are

@@ -19,30 +19,41 @@ using ts::bf16, ts::fp8;
 
 constexpr int D = 64, kThreads = 256, kWarps = kThreads / 32, kBlocks = 4; // of a cluster
 constexpr int kGroup = TS_CUDA_GROUP, kOwn = kGroup / kBlocks;             // kOwn: tiles of a block
-constexpr int kPasses = D / kBlocks / kWarps;                              // over the list: a warp sums one row in each
-constexpr int kTiles = 16, kSlice = kWarps * D, kPitch = kSlice + 8;       // states multiplied at a time, of each
-constexpr int kStages = 2, kListed = 128, kWeightPitch = kGroup + 8;       // kListed: entries of the list at a time
-constexpr int kTeams = 2, kTeam = kThreads / kTeams;                       // threads that work on one tile
-constexpr int kPanelBytes = D * D * (int)sizeof(bf16), kUnits = D / 8;     // of 16 bytes, in a row
+constexpr int kTiles = 16, kStages = 2;                                    // rows multiplied at a time, and under way
+constexpr int kPitch = kWarps * D + 8, kWeightPitch = kGroup + 8;          // of what a pass sums; of weights
+constexpr int kListed = 128;                                               // entries of the list at a time
+constexpr int kTeams = 2, kPanelBytes = D * D * (int)sizeof(bf16);         // kTeams: tiles worked on at a time
 
 struct group_shared {
     alignas(128) char states[kOwn][kPanelBytes]; // S^ of the block's tiles
     union {
-        bf16 stages[kStages][kTiles][kPitch];
+        bf16 stages[kWarps][kStages][kTiles][D]; // of each warp, the vectors of a row swapped as in a panel
         bf16 slices[kGroup][kPitch]; // what a pass has summed
         struct {
             char keys[kTeams][kPanelBytes], values[kTeams][kPanelBytes];
         };
     };
-    alignas(16) bf16 weights[kListed][kWeightPitch];
-    int64_t places[kListed];
+    union {
+        struct {
+            alignas(16) bf16 weights[kListed][kWeightPitch];
+            int64_t places[kListed];      // page, or ~index
+            const char *sources[kListed]; // the state there
+        };
+        struct {
+            double c[kTeams][D]; // as in device memory
+            float gates[kTeams][D];
+        };
+    };
     uint4 masses[kOwn][D / 4]; // z^ of four features: as BF16 (x, y), and what that leaves out, as BF16 (z, w)
     alignas(16) float decays[kTeams][D], key_decays[kTeams][D]; // c, and c less the key gate's logarithm; to base 2
-    uint64_t full[kStages];
 };
 static_assert(sizeof(group_shared) <= 113 * 1024, "two blocks a multiprocessor");
 
 #if TS_HAS_WGMMA
+constexpr int kPasses = D / kBlocks / kWarps; // over the list: a warp sums one row in each
+constexpr int kTeam = kThreads / kTeams;      // threads that work on one tile
+constexpr int kUnits = D / 8;                 // of 16 bytes, in a row
+
 // Where a feature's row or column lies within its 16: features 4 c + 2 h + i at 8 h + 2 c + i.
 __device__ __forceinline__ int place_of(int feature) {
     return (feature & ~15) + (feature >> 1 & 1) * 8 + (feature >> 2 & 3) * 2 + (feature & 1);
@@ -100,6 +111,7 @@ __device__ __forceinline__ void prefetch(const void *p) {
 }
 
 __device__ __forceinline__ void prefetch_queries(const group_rows &rows, const head_columns &columns, int row) {
+#pragma unroll 1
     for (int h = 0; h < columns.group; h++)
         prefetch(rows.qkvg + (row * columns.stride + columns.q + h * D));
 }
@@ -113,91 +125,115 @@ __device__ __forceinline__ void store_remote(uint32_t to, uint32_t x) {
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
-__device__ __forceinline__ void load_bulk(uint32_t to, const void *from, uint32_t n, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(n), "r"(barrier)
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A thread's number, read anew: for what is cheaper to find again than to keep.
+__device__ __forceinline__ int thread_again() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+template <int n> __device__ __forceinline__ void copy_small(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(ts::shared_address(to)), "l"(from), "n"(n)
                  : "memory");
 }
 
-// Brings states to shared memory, kTiles at a time: BF16 by bulk copies, FP8 through registers.
-template <typename S> struct state_stages;
+// Brings a warp's row of the states in the list to shared memory, kTiles at a time: BF16 by asynchronous copies, FP8
+// through registers. A lane has one vector of every fourth state.
+template <typename S> struct row_stages;
 
-template <> struct state_stages<bf16> {
+template <> struct row_stages<bf16> {
+    static constexpr int kItems = kTiles * kUnits / 32;
     const ts_cuda_attention &a;
-    group_shared &s;
-    int offset; // of the slice in a state
-    uint32_t n_done = 0;
+    const group_shared &s;
+    uint32_t stage; // of kStages, the first
+    int row = 0;    // of the states
+    const char *sources[kItems];
 
-    __device__ void ask(int step, uint32_t number) { // the bytes may come before they are announced
-        const int stage = number % kStages, lane = threadIdx.x % 32;
-        const uint32_t barrier = ts::shared_address(&s.full[stage]);
-        if (threadIdx.x == 0)
-            ts::expect_bytes(barrier, kTiles * kSlice * sizeof(bf16));
-        if (lane < kTiles / kWarps) {
-            const int k = threadIdx.x / 32 * (kTiles / kWarps) + lane;
-            const int64_t at = s.places[step * kTiles + k];
-            const bf16 *states = (const bf16 *)(at >= 0 ? a.cache.slot_state : a.tile_states);
-            load_bulk(ts::shared_address(s.stages[stage][k]), states + (at >= 0 ? at : ~at) * D * D + offset,
-                      kSlice * sizeof(bf16), barrier);
+    // Where what the next ask() asks for lies.
+    __device__ void find(int step, int n_steps) {
+        const int lane = threadIdx.x % 32;
+        if (step < n_steps)
+#pragma unroll
+            for (int v = 0; v < kItems; v++)
+                sources[v] = s.sources[step * kTiles + lane / kUnits + v * (32 / kUnits)];
+    }
+    __device__ void ask(int step, int n_steps) {
+        const int lane = threadIdx.x % 32, unit = lane % kUnits;
+        if (step < n_steps) {
+            const uint32_t to = ts::panel_unit(stage + step % kStages * (kTiles * D * 2), lane / kUnits, unit);
+#pragma unroll
+            for (int v = 0; v < kItems; v++) {
+                const uint32_t line = to + v * (32 / kUnits) * (D * 2);
+                ts::copy_async(v % 2 ? line ^ 64 : line, sources[v] + (row * D + unit * 8) * (int)sizeof(bf16));
+            }
         }
+        ts::copy_commit(); // nothing, beyond the last step: the waits count alike
     }
     __device__ void begin(int n_steps) {
-        for (int step = 0; step < min(kStages, n_steps); step++)
-            ask(step, n_done + step);
+        for (int step = 0; step < kStages; step++) {
+            find(step, n_steps);
+            ask(step, n_steps);
+        }
     }
-    __device__ const bf16 *wait(int step, int n_steps) {
-        ts::wait_phase(ts::shared_address(&s.full[n_done % kStages]), n_done / kStages & 1);
-        return s.stages[n_done % kStages][0];
+    __device__ uint32_t wait(int step, int n_steps) {
+        find(step + kStages, n_steps);
+        ts::copy_wait<kStages - 1>();
+        __syncwarp();
+        return stage + step % kStages * (kTiles * D * 2);
     }
-    __device__ void done(int step, int n_steps) {
-        __syncthreads();
-        if (step + kStages < n_steps)
-            ask(step + kStages, n_done + kStages);
-        n_done++;
+    // After the stage has been read.
+    __device__ void next(int step, int n_steps) {
+        __syncwarp();
+        ask(step + kStages, n_steps);
     }
 };
 
-template <> struct state_stages<fp8> {
-    static constexpr int kItems = kTiles * kSlice / 16 / kThreads;
+template <> struct row_stages<fp8> {
+    static constexpr int kItems = kTiles * D / 16 / 32;
     const ts_cuda_attention &a;
-    group_shared &s;
-    int offset;
-    uint32_t n_done = 0;
+    const group_shared &s;
+    uint32_t stage;
+    int row = 0;
     uint4 raw[kItems];
     float scales[kItems];
 
-    __device__ void ask(int step) {
+    __device__ void ask(int step, int n_steps) {
+        if (step >= n_steps)
+            return;
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int v = 0; v < kItems; v++) {
-            const int i = threadIdx.x + v * kThreads, e = i % (kSlice / 16) * 16;
-            const int64_t at = s.places[step * kTiles + i / (kSlice / 16)], index = at >= 0 ? at : ~at;
-            raw[v] = __ldg((const uint4 *)((const fp8 *)(at >= 0 ? a.cache.slot_state : a.tile_states) + index * D * D +
-                                           offset + e));
-            scales[v] = __ldg((at >= 0 ? a.cache.slot_scale : a.tile_scales) + index * D + (offset + e) / D);
+            const int k = step * kTiles + lane / 4 + v * 8;
+            const int64_t at = s.places[k];
+            raw[v] = __ldg((const uint4 *)(s.sources[k] + row * D + lane % 4 * 16));
+            scales[v] = __ldg((at >= 0 ? a.cache.slot_scale + at * D : a.tile_scales + ~at * D) + row);
         }
     }
     __device__ void begin(int n_steps) {
-        ask(0);
+        ask(0, n_steps);
     }
-    __device__ const bf16 *wait(int step, int n_steps) {
-        bf16 *stage = s.stages[n_done % kStages][0];
+    __device__ uint32_t wait(int step, int n_steps) {
+        const int lane = threadIdx.x % 32;
+        const uint32_t to = stage + step % kStages * (kTiles * D * 2);
 #pragma unroll
-        for (int v = 0; v < kItems; v++) {
-            const int i = threadIdx.x + v * kThreads;
-            bf16 *to = stage + i / (kSlice / 16) * kPitch + i % (kSlice / 16) * 16;
-            float x[8];
-            ts::unpack(make_uint2(raw[v].x, raw[v].y), scales[v], x);
-            ts::store_packed(to, x);
-            ts::unpack(make_uint2(raw[v].z, raw[v].w), scales[v], x);
-            ts::store_packed(to + 8, x);
-        }
-        if (step + 1 < n_steps)
-            ask(step + 1);
-        __syncthreads();
-        return stage;
+        for (int v = 0; v < kItems; v++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x[8];
+                ts::unpack(half ? make_uint2(raw[v].z, raw[v].w) : make_uint2(raw[v].x, raw[v].y), scales[v], x);
+                ts::store_shared16(ts::panel_unit(to, lane / 4 + v * 8, lane % 4 * 2 + half),
+                                   make_uint4(ts::pack(x[0], x[1]), ts::pack(x[2], x[3]), ts::pack(x[4], x[5]),
+                                              ts::pack(x[6], x[7])));
+            }
+        __syncwarp();
+        return to;
     }
-    __device__ void done(int step, int n_steps) {
-        n_done++; // the stage is written again after another barrier
+    __device__ void next(int step, int n_steps) {
+        ask(step + 1, n_steps); // the stage is written again after another __syncwarp
     }
 };
 
@@ -208,10 +244,10 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, block = blockIdx.x, n = head.length;
     const int feature = block * (D / kBlocks);
     const bool sums_mass = warp < D / kBlocks / 8; // of eight features
-    state_stages<S> stages = {a, s, 0};
+    row_stages<S> stages = {a, s, ts::shared_address(s.stages[warp])};
     for (int pass = 0; pass < kPasses; pass++) {
         float acc[2][8][4] = {}, mass[2][4] = {};
-        stages.offset = (feature + pass * kWarps) * D;
+        stages.row = feature + pass * kWarps + warp;
         if (pass == kPasses - 1 && tid < kTeams * D) { // what the outputs need first; earlier it would not last
             const int row = block * kOwn * D + tid;
             const head_columns columns(a, j);
@@ -225,8 +261,12 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
             const int n_here = min(kListed, n - first), n_steps = (n_here + kTiles - 1) / kTiles;
             if (pass == 0 || n > kListed) {
                 __syncthreads();
-                for (int i = tid; i < n_steps * kTiles; i += kThreads) // beyond the list: any state, with no weight
-                    s.places[i] = a.list_at[list + first + min(i, n_here - 1)];
+                for (int i = tid; i < n_steps * kTiles; i += kThreads) { // beyond the list: any state, with no weight
+                    const int64_t at = a.list_at[list + first + min(i, n_here - 1)];
+                    s.places[i] = at;
+                    s.sources[i] = (const char *)(at >= 0 ? a.cache.slot_state : a.tile_states) +
+                                   (at >= 0 ? at : ~at) * (D * D * (int)sizeof(S));
+                }
                 for (int i = tid; i < n_steps * kTiles * (kGroup / 4); i += kThreads) {
                     const int k = i / (kGroup / 4), g = i % (kGroup / 4) * 4;
                     ts::store4(&s.weights[k][g], k < n_here
@@ -247,21 +287,22 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
             if (pass == 0 && sums_mass)
                 ask_masses(0);
             for (int step = 0; step < n_steps; step++) {
-                const bf16 *states = stages.wait(step, n_steps);
-                uint32_t w[2][4];
+                uint32_t w[2][4], b[D / 16][4];
 #pragma unroll
                 for (int h = 0; h < 2; h++)
                     ts::load_a_transposed(w[h], s.weights[step * kTiles], kWeightPitch, 16 * h, 0);
+                const uint32_t columns = column_operand(stages.wait(step, n_steps));
 #pragma unroll
-                for (int i = 0; i < D / 16; i++) {
-                    uint32_t b[4];
-                    ts::load_b(b, states, kPitch, 0, warp * D + 16 * i);
+                for (int i = 0; i < D / 16; i++)
+                    ts::load_matrices_transposed(b[i], columns ^ i << 5);
+                stages.next(step, n_steps);
+#pragma unroll
+                for (int i = 0; i < D / 16; i++)
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        ts::multiply_add(acc[h][2 * i], w[h], b[0], b[1]);
-                        ts::multiply_add(acc[h][2 * i + 1], w[h], b[2], b[3]);
+                        ts::multiply_add(acc[h][2 * i], w[h], b[i][0], b[i][1]);
+                        ts::multiply_add(acc[h][2 * i + 1], w[h], b[i][2], b[i][3]);
                     }
-                }
                 if (pass == 0 && sums_mass) { // in two parts, which keeps 16 bits of z
                     uint32_t high[2], rest[2];
 #pragma unroll
@@ -277,7 +318,6 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                         ts::multiply_add(mass[h], w[h], rest[0], rest[1]);
                     }
                 }
-                stages.done(step, n_steps);
             }
         }
         __syncthreads();
@@ -289,6 +329,8 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                     ts::shared_address(&s.slices[16 * h + lane % 16][warp * D + (i + lane / 16) * 8]),
                     ts::pack(acc[h][i][0], acc[h][i][1]), ts::pack(acc[h][i][2], acc[h][i][3]),
                     ts::pack(acc[h][i + 1][0], acc[h][i + 1][1]), ts::pack(acc[h][i + 1][2], acc[h][i + 1][3]));
+        if (pass == 0)
+            cluster_wait(); // the others have started
         if (pass == 0 && sums_mass)
 #pragma unroll
             for (int r = 0; r < 4; r++) {
@@ -301,13 +343,17 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                 store_remote(at + 8, rest);
             }
         __syncthreads();
-        for (int i = tid; i < head.n_events * kWarps * kUnits; i += kThreads) {
-            const int event = i / (kWarps * kUnits), row = i / kUnits % kWarps, unit = i % kUnits;
-            const uint32_t to = ts::panel_unit(ts::shared_address(s.states[event % kOwn]),
-                                               place_of(feature + pass * kWarps + row), unit);
-            store_remote(ts::in_block(to, event / kOwn), *(const uint4 *)&s.slices[event][row * D + unit * 8]);
+        // A thread has one vector of every fourth event.
+        constexpr int kItems = kGroup * kWarps * kUnits / kThreads, kApart = kGroup / kItems;
+        const int from = tid / (kWarps * kUnits), row = tid / kUnits % kWarps, unit = tid % kUnits;
+        const uint32_t to = ts::panel_unit(ts::shared_address(s.states[from]), place_of(feature + pass * kWarps + row), unit);
+#pragma unroll
+        for (int i = 0; i < kItems; i++) {
+            const int event = from + i * kApart;
+            if (event < head.n_events)
+                store_remote(ts::in_block(to, event / kOwn) + i * kApart % kOwn * kPanelBytes,
+                             *(const uint4 *)&s.slices[event][row * D + unit * 8]);
         }
-        ts::publish_to_wgmma(); // what is copied there next goes past this thread's accesses
         __syncthreads();
     }
 }
@@ -328,13 +374,14 @@ __device__ __noinline__ void leave_state(const ts_cuda_attention &a, const group
 }
 
 // Eq. (9) for this block's tiles, in two teams.
-__device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const ts_cuda_list &head, int32_t sequence,
-                             int j, const group_rows &rows) {
+__device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const ts_cuda_list &head, int j,
+                             const group_rows &rows) {
     constexpr int kSteps = D / 16, kVectors = D * kUnits / kTeam;
     const int team = threadIdx.x / kTeam, tid = threadIdx.x % kTeam, lane = tid % 32, warp = tid / 32;
     const head_columns columns(a, j);
     const int group = columns.group, y_stride = (int)a.y.stride;
-    bf16 *const y0 = (bf16 *)a.y.data + rows.first * a.y.stride;
+    bf16 *y0 = (bf16 *)a.y.data + rows.first * a.y.stride;
+    asm volatile("" : "+l"(y0)); // one pointer, to which 32 bits are added
     const uint32_t keys = ts::shared_address(s.keys[team]), rows_of_keys = ts::panel_unit(
                                                                 keys, lane % 8 + lane / 16 * 8, lane / 8 % 2);
     // Where this thread puts its first vector of a tile's keys and values; the others lie whole rows on.
@@ -344,8 +391,6 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
     float *decays = s.decays[team], *key_decays = s.key_decays[team];
     uint2 raw_q[kSteps][2];
     uint4 raw_k[kVectors];
-    double c = 0;
-    float gate = 0;
     const auto ask_queries = [&](int event, int h) {
         const int last = event * D + rows.count(event) - 1, column = columns.q + h * D + lane % 4 * 4;
 #pragma unroll
@@ -366,9 +411,10 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
         }
         if (tid < D) {
             const int64_t at = j * a.n_rows + rows.first + min(event * D + tid, last);
-            c = a.c[at];
-            gate = a.gate[at];
+            copy_small<sizeof(double)>(&s.c[team][tid], a.c + at);
+            copy_small<sizeof(float)>(&s.gates[team][tid], a.gate + at);
         }
+        ts::copy_commit();
     };
     const auto ask_values = [&](int event, uint32_t to) {
         const int last = event * D + rows.count(event) - 1;
@@ -393,7 +439,7 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
         const int n_rows = rows.count(event), own = event % kOwn;
         const uint32_t states = ts::shared_address(s.states[own]);
         if (n_rows < D) // the span ends in the tile that follows: the cache keeps S^
-            leave_state(a, s, own, ts::head_of(a, sequence, j), tid);
+            leave_state(a, s, own, ts::head_of(a, head.sequence, j), tid);
         if (n_rows <= 0)
             break;
 #pragma unroll
@@ -402,12 +448,12 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
             store_shared8(key_to + v * kBytesApart, ts::feature_map(x.x), ts::feature_map(x.z));
             store_shared8((key_to ^ 16) + v * kBytesApart, ts::feature_map(x.y), ts::feature_map(x.w));
         }
-        if (tid < D) {
-            const float decay = (float)(c * (double)ts::kLog2E);
-            decays[tid] = decay;
-            key_decays[tid] = decay - __log2f(gate);
-        }
         ts::copy_wait<0>();
+        if (tid < D) { // what this thread has copied
+            const float decay = (float)(s.c[team][tid] * (double)ts::kLog2E);
+            decays[tid] = decay;
+            key_decays[tid] = decay - __log2f(s.gates[team][tid]);
+        }
         team_sync(team);
         const bool goes_on = has_rows(event + kTeams);
         if (goes_on) {
@@ -429,24 +475,26 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
                 for (int i = 0; i < 4; i++)
                     q[k][i] = ts::feature_map(i < 2 ? raw_q[k][i % 2].x : raw_q[k][i % 2].y);
             ts::Accumulator acc = {};
-            float below[4] = {}; // columns alike
+            float below[4] = {}, rest[4] = {}; // columns alike
+            const float decay[2] = {decays[warp * 16 + lane / 4], decays[warp * 16 + lane / 4 + 8]};
 #pragma unroll
             for (int k = 0; k < kSteps; k++) {
                 product_columns(acc, q[k], states_columns + k * 2048);
                 const uint4 mass = s.masses[own][4 * k + lane % 4];
                 ts::mma(below, q[k], mass.x, mass.y);
-                ts::mma(below, q[k], mass.z, mass.w);
+                ts::mma(rest, q[k], mass.z, mass.w);
             }
+            int next_event = event + kTeams;
+            asm volatile("" : "+r"(next_event)); // nor their addresses
             if (h + 1 == group && goes_on) { // S^ has been read: the next values go there
                 team_sync(team);
-                ask_values(event + kTeams, states);
+                ask_values(next_event, states);
             }
             const int places[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-            const float decay[2] = {decays[places[0]], decays[places[1]]};
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float reach = ts::exp2_fast(decay[r]);
-                below[2 * r] *= reach;
+                below[2 * r] = (below[2 * r] + rest[2 * r]) * reach;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
                     acc[n][2 * r] *= reach;
@@ -480,25 +528,26 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
                 product_columns(acc, weights, values_columns + n * 2048);
                 ts::mma(below, weights, ts::kOnes, ts::kOnes);
             }
+            asm volatile("" : "+r"(next_event));
             if (h + 1 < group) {
-                ask_queries(event, h + 1);
+                ask_queries(next_event - kTeams, h + 1);
             } else if (goes_on) {
-                ask_keys(event + kTeams);
-                ask_queries(event + kTeams, 0);
+                ask_keys(next_event);
+                ask_queries(next_event, 0);
             }
             // Neighbouring lanes exchange words, so that each writes 8 bytes.
-            const bool odd = lane & 1;
+            const int thread = thread_again(), odd = thread & 1;
+            const int row = thread % kTeam / 32 * 16 + thread % 32 / 4;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float scale = 1.0f / (below[2 * r] + a.normalizer_eps);
-                bf16 *y = y0 + ((event * D + places[r]) * y_stride + (j * group + h) * D + lane % 4 / 2 * 4 +
-                                (odd ? 8 : 0));
+                bf16 *y = y0 + ((event * D + row + 8 * r) * y_stride + (j * group + h) * D + thread % 4 / 2 * 4 + odd * 8);
 #pragma unroll
                 for (int n = 0; n < D / 8; n += 2) {
                     const uint32_t x = ts::pack(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
                     const uint32_t z = ts::pack(acc[n + 1][2 * r] * scale, acc[n + 1][2 * r + 1] * scale);
                     const uint32_t other = __shfl_xor_sync(~0u, odd ? x : z, 1);
-                    if (places[r] < n_rows)
+                    if (row + 8 * r < n_rows)
                         *(uint2 *)(y + 8 * n) = odd ? make_uint2(other, z) : make_uint2(x, other);
                 }
             }
@@ -517,20 +566,12 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
     const int j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.z; // the latest first: they have the longest lists
     const ts_cuda_list head = a.lists[in_wave * n_kv + j];
-    const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[head.first_closed]];
-    const ts_span span = a.spans[piece.span];
-    const int64_t first = piece.row + piece.n_tokens;
-    const group_rows rows = {(const bf16 *)a.qkvg.data + first * a.qkvg.stride, first,
-                             (int)min(span.row + span.n_tokens - first, (int64_t)kGroup * D)};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ts::shared_address(&s.full[i])) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    ts::cluster_sync();
+    group_rows rows = {(const bf16 *)a.qkvg.data + head.row * a.qkvg.stride, head.row, head.n_rows};
+    asm volatile("" : "+l"(rows.qkvg)); // one pointer, to which 32 bits are added
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     sum_states<S>(a, s, head, (in_wave * n_kv + j) * a.list_stride, j, rows);
     ts::cluster_sync();
-    make_outputs(a, s, head, piece.sequence, j, rows);
+    make_outputs(a, s, head, j, rows);
 #endif
 }
 

@@ -336,7 +336,11 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
     }
     __syncthreads();
     if (tid == 0) {
-        a.lists[in_wave * n_kv + j] = {group.first_closed + group.first, n_listed, group.n_events};
+        const ts_span span = a.spans[group.span];
+        const int64_t T = a.cache.tile_size, row = span.row - span.position + (group.first_tile + group.first + 1) * T;
+        const int64_t n_rows = min(span.row + span.n_tokens - row, kGroup * T);
+        a.lists[in_wave * n_kv + j] = {
+            group.first_closed + group.first, row, (int)n_rows, n_listed, group.n_events, group.sequence};
         unsigned long long available = 0, selected = 0;
         for (int g = 0; g < group.n_events; g++) {
             available += (unsigned long long)(group.first_tile + group.first + g + 1);

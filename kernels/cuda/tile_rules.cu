@@ -225,14 +225,16 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
         }
         const float weight = counts ? ts::reach_of(range.end - end) : 0.0f;
         float sums[kElements] = {};
+        const float *from = mass ? mass : a.tile_masses; // something to read: no load waits for a branch
 #pragma unroll 16
         for (int t = 0; t < 32; t++) {
-            const float *z = (const float *)__shfl_sync(~0u, (unsigned long long)mass, t);
+            const float *z = (const float *)__shfl_sync(~0u, (unsigned long long)from, t);
             const float w = __shfl_sync(~0u, weight, t);
-            if (w > 0.0f)
 #pragma unroll
-                for (int e = 0; e < kElements; e++)
-                    sums[e] += w * z[e * 32 + lane];
+            for (int e = 0; e < kElements; e++) {
+                const float x = z[e * 32 + lane];
+                sums[e] += w > 0.0f ? w * x : 0.0f;
+            }
         }
         const int64_t at = is_held ? span_head * a.held_ranges_stride + i
                                    : j * a.pieces.n_groups + a.pieces.group_begin[s] + i - n_held_ranges;
