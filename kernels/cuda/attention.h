@@ -61,7 +61,8 @@ typedef struct ts_cuda_attention {
     float *held_range_masses, *tile_range_masses; // the same, [d]: sum of e^{end - E_t} z_t
     // Of one wave of groups, first_group .. first_group + n_wave_groups - 1:
     int64_t *list_at;    // [n_wave_groups, KV, list_stride] tiles that a group selects: page, or ~index in tile_states
-    float *list_weights; // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0
+    float *list_weights; // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0;
+                         // BF16 in the first half of each tile's bytes, where it is to multiply states of at most that
     ts_cuda_list *lists; // [n_wave_groups, KV]
     int64_t first_group, n_wave_groups, list_stride;
     size_t n_listed;                         // entries of the lists of the largest wave
@@ -78,6 +79,11 @@ static inline bool ts_cuda_attention_places_first(const ts_cuda_attention *a) {
 // Whether no tile is made elsewhere: then nothing leaves, and all slots are new.
 static inline bool ts_cuda_attention_all_in_slots(const ts_cuda_attention *a) {
     return ts_cuda_attention_places_first(a) && a->cache.sparsity.prune_ratio == 0;
+}
+
+// Whether states are multiplied by their weights on the matrix units.
+static inline bool ts_cuda_attention_sums_bf16(const ts_cuda_attention *a) {
+    return a->cache.is_sparse && a->qkvg.dtype == TS_BF16 && a->cache.slot_dtype != TS_F32;
 }
 
 // Slots of the tiles that stay, where that is known already; tiles are then made in new slots.

@@ -20,15 +20,13 @@ using ts::bf16, ts::fp8;
 constexpr int D = 64, kThreads = 256, kWarps = kThreads / 32, kBlocks = 4; // of a cluster
 constexpr int kGroup = TS_CUDA_GROUP, kOwn = kGroup / kBlocks;             // kOwn: tiles of a block
 constexpr int kTiles = 16, kStages = 2;                                    // rows multiplied at a time, and under way
-constexpr int kPitch = kWarps * D + 8, kWeightPitch = kGroup + 8;          // of what a pass sums; of weights
-constexpr int kListed = 128;                                               // entries of the list at a time
+constexpr int kListed = 128, kWeightPitch = kGroup + 8;                    // entries of the list at a time
 constexpr int kTeams = 2, kPanelBytes = D * D * (int)sizeof(bf16);         // kTeams: tiles worked on at a time
 
 struct group_shared {
     alignas(128) char states[kOwn][kPanelBytes]; // S^ of the block's tiles
     union {
         bf16 stages[kWarps][kStages][kTiles][D]; // of each warp, the vectors of a row swapped as in a panel
-        bf16 slices[kGroup][kPitch]; // what a pass has summed
         struct {
             char keys[kTeams][kPanelBytes], values[kTeams][kPanelBytes];
         };
@@ -116,13 +114,12 @@ __device__ __forceinline__ void prefetch_queries(const group_rows &rows, const h
         prefetch(rows.qkvg + (row * columns.stride + columns.q + h * D));
 }
 
-__device__ __forceinline__ void store_remote(uint32_t to, uint4 x) {
-    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-}
-
 __device__ __forceinline__ void store_remote(uint32_t to, uint32_t x) {
     asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_remote(uint32_t to, uint32_t x, uint32_t y) {
+    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x), "r"(y) : "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
@@ -237,16 +234,19 @@ template <> struct row_stages<fp8> {
     }
 };
 
-// S^ and z^ of all events of the group, this block's rows, each to the block that has the event's tile.
+// S^ and z^ of all events of the group, this block's rows, each to the block that has the event's tile. A warp sums one
+// row of S^ in each pass and, in one of them, eight features of z^ for half of the events; warps wait for each other
+// only where another part of the list is staged.
 template <typename S>
 __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts_cuda_list &head, int64_t list, int j,
                            const group_rows &rows) {
+    static_assert(kPasses == 2 && kOwn == 8, "a warp's share of z^; an event's block");
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, block = blockIdx.x, n = head.length;
-    const int feature = block * (D / kBlocks);
-    const bool sums_mass = warp < D / kBlocks / 8; // of eight features
+    const int feature = block * (D / kBlocks), mass_feature = feature + warp % 2 * 8, mass_half = warp / 2 % 2;
     row_stages<S> stages = {a, s, ts::shared_address(s.stages[warp])};
     for (int pass = 0; pass < kPasses; pass++) {
-        float acc[2][8][4] = {}, mass[2][4] = {};
+        const bool sums_mass = pass == warp / 4;
+        float acc[2][8][4] = {}, mass[4] = {};
         stages.row = feature + pass * kWarps + warp;
         if (pass == kPasses - 1 && tid < kTeams * D) { // what the outputs need first; earlier it would not last
             const int row = block * kOwn * D + tid;
@@ -260,31 +260,36 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
         for (int first = 0; first < n; first += kListed) {
             const int n_here = min(kListed, n - first), n_steps = (n_here + kTiles - 1) / kTiles;
             if (pass == 0 || n > kListed) {
-                __syncthreads();
-                for (int i = tid; i < n_steps * kTiles; i += kThreads) { // beyond the list: any state, with no weight
-                    const int64_t at = a.list_at[list + first + min(i, n_here - 1)];
-                    s.places[i] = at;
-                    s.sources[i] = (const char *)(at >= 0 ? a.cache.slot_state : a.tile_states) +
-                                   (at >= 0 ? at : ~at) * (D * D * (int)sizeof(S));
+                if (pass > 0 || first > 0)
+                    __syncthreads(); // the part before has been read
+                for (int i = tid; i < n_steps * kTiles * (kGroup / 8); i += kThreads) {
+                    const int k = i / (kGroup / 8), g = i % (kGroup / 8) * 8;
+                    const float *from = a.list_weights + (list + first + min(k, n_here - 1)) * kGroup;
+                    ts::copy_async(ts::shared_address(&s.weights[k][g]), (const bf16 *)from + g, k < n_here);
                 }
-                for (int i = tid; i < n_steps * kTiles * (kGroup / 4); i += kThreads) {
-                    const int k = i / (kGroup / 4), g = i % (kGroup / 4) * 4;
-                    ts::store4(&s.weights[k][g], k < n_here
-                                                     ? ts::load4(a.list_weights + (list + first + k) * kGroup + g)
-                                                     : make_float4(0, 0, 0, 0));
+                ts::copy_commit();
+                if (tid < n_steps * kTiles) { // beyond the list: any state, with no weight
+                    const int64_t at = a.list_at[list + first + min(tid, n_here - 1)];
+                    s.places[tid] = at;
+                    s.sources[tid] = (const char *)(at >= 0 ? a.cache.slot_state : a.tile_states) +
+                                     (at >= 0 ? at : ~at) * (D * D * (int)sizeof(S));
                 }
+                ts::copy_wait<0>();
                 __syncthreads();
             }
             stages.begin(n_steps);
             float z[4];
             const auto ask_masses = [&](int step) {
+                int64_t at[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int64_t at = s.places[step * kTiles + i / 2 * 8 + lane % 4 * 2 + i % 2];
-                    z[i] = (at >= 0 ? a.cache.slot_mass + at * D : a.tile_masses + ~at * D)[feature + warp * 8 + lane / 4];
-                }
+                for (int i = 0; i < 4; i++)
+                    at[i] = s.places[step * kTiles + i / 2 * 8 + lane % 4 * 2 + i % 2];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    z[i] = (at[i] >= 0 ? a.cache.slot_mass + at[i] * D
+                                       : a.tile_masses + ~at[i] * D)[mass_feature + lane / 4];
             };
-            if (pass == 0 && sums_mass)
+            if (sums_mass)
                 ask_masses(0);
             for (int step = 0; step < n_steps; step++) {
                 uint32_t w[2][4], b[D / 16][4];
@@ -303,58 +308,50 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                         ts::multiply_add(acc[h][2 * i], w[h], b[i][0], b[i][1]);
                         ts::multiply_add(acc[h][2 * i + 1], w[h], b[i][2], b[i][3]);
                     }
-                if (pass == 0 && sums_mass) { // in two parts, which keeps 16 bits of z
-                    uint32_t high[2], rest[2];
+                if (sums_mass) { // in two parts, which keeps 16 bits of z
+                    uint32_t high[2], rest[2], half[4];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         high[i] = ts::pack(z[2 * i], z[2 * i + 1]);
                         rest[i] = ts::pack(z[2 * i] - ts::low_of(high[i]), z[2 * i + 1] - ts::high_of(high[i]));
                     }
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        half[i] = mass_half ? w[1][i] : w[0][i];
                     if (step + 1 < n_steps)
                         ask_masses(step + 1);
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        ts::multiply_add(mass[h], w[h], high[0], high[1]);
-                        ts::multiply_add(mass[h], w[h], rest[0], rest[1]);
-                    }
+                    ts::multiply_add(mass, half, high[0], high[1]);
+                    ts::multiply_add(mass, half, rest[0], rest[1]);
                 }
             }
         }
-        __syncthreads();
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int i = 0; i < 8; i += 2)
-                ts::store_matrices(
-                    ts::shared_address(&s.slices[16 * h + lane % 16][warp * D + (i + lane / 16) * 8]),
-                    ts::pack(acc[h][i][0], acc[h][i][1]), ts::pack(acc[h][i][2], acc[h][i][3]),
-                    ts::pack(acc[h][i + 1][0], acc[h][i + 1][1]), ts::pack(acc[h][i + 1][2], acc[h][i + 1][3]));
         if (pass == 0)
             cluster_wait(); // the others have started
-        if (pass == 0 && sums_mass)
+        // Event lane / 4 + 8 r is tile lane / 4 of block r. Neighbouring lanes exchange words, so that each sends 8 bytes.
+        const int odd = lane & 1, place = place_of(stages.row);
+        const uint32_t line = ts::panel_unit(ts::shared_address(s.states[lane / 4]), place, 0) & ~127u;
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int event = lane / 4 + 8 * r, e = feature + warp * 8 + lane % 4 * 2;
-                const float x = mass[r / 2][r % 2 * 2], y = mass[r / 2][r % 2 * 2 + 1];
+        for (int r = 0; r < 4; r++) {
+            const uint32_t to = ts::in_block(line, r) + (lane & 2) * 4;
+#pragma unroll
+            for (int i = 0; i < D / 8; i += 2) {
+                const uint32_t x = ts::pack(acc[r / 2][i][r % 2 * 2], acc[r / 2][i][r % 2 * 2 + 1]);
+                const uint32_t y = ts::pack(acc[r / 2][i + 1][r % 2 * 2], acc[r / 2][i + 1][r % 2 * 2 + 1]);
+                const uint32_t other = __shfl_xor_sync(~0u, odd ? x : y, 1);
+                store_remote(to + (((i + odd) ^ (place & 7)) << 4), odd ? other : x, odd ? y : other);
+            }
+        }
+        if (sums_mass)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int e = mass_feature + lane % 4 * 2;
+                const float x = mass[2 * r], y = mass[2 * r + 1];
                 const uint32_t high = ts::pack(x, y), rest = ts::pack(x - ts::low_of(high), y - ts::high_of(high));
-                uint32_t *to = (uint32_t *)&s.masses[event % kOwn][e / 4] + e / 2 % 2;
-                const uint32_t at = ts::in_block(ts::shared_address(to), event / kOwn);
+                const uint32_t *to = (const uint32_t *)&s.masses[lane / 4][e / 4] + e / 2 % 2;
+                const uint32_t at = ts::in_block(ts::shared_address(to), 2 * mass_half + r);
                 store_remote(at, high);
                 store_remote(at + 8, rest);
             }
-        __syncthreads();
-        // A thread has one vector of every fourth event.
-        constexpr int kItems = kGroup * kWarps * kUnits / kThreads, kApart = kGroup / kItems;
-        const int from = tid / (kWarps * kUnits), row = tid / kUnits % kWarps, unit = tid % kUnits;
-        const uint32_t to = ts::panel_unit(ts::shared_address(s.states[from]), place_of(feature + pass * kWarps + row), unit);
-#pragma unroll
-        for (int i = 0; i < kItems; i++) {
-            const int event = from + i * kApart;
-            if (event < head.n_events)
-                store_remote(ts::in_block(to, event / kOwn) + i * kApart % kOwn * kPanelBytes,
-                             *(const uint4 *)&s.slices[event][row * D + unit * 8]);
-        }
-        __syncthreads();
     }
 }
 

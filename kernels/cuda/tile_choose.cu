@@ -106,7 +106,7 @@ __device__ __forceinline__ void dots_of(const float *mass, const float (*queries
 // Neighbouring threads have one candidate and a share of the events each: four ranges at a time, their z staged in
 // shared memory. Pass 1 keeps the dots in the list; pass 2 decides and writes the list over what it has read.
 template <int D>
-__global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
     extern __shared__ float4 memory[];
     float *const masses = (float *)memory; // [kAtOnce, kMassPitch]
     __shared__ alignas(16) float queries[D][kQueryPitch]; // mean queries, transposed: a thread reads all its events
@@ -327,10 +327,13 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         if (listed) {
             if (any)
                 a.list_at[at] = c.at;
+            if (as_bf16)
+                ts::store_packed((ts::bf16 *)(a.list_weights + at * kGroup) + g0, reach);
+            else
 #pragma unroll
-            for (int g = 0; g < kEvents; g += 4)
-                ts::store4(a.list_weights + at * kGroup + g0 + g,
-                           make_float4(reach[g], reach[g + 1], reach[g + 2], reach[g + 3]));
+                for (int g = 0; g < kEvents; g += 4)
+                    ts::store4(a.list_weights + at * kGroup + g0 + g,
+                               make_float4(reach[g], reach[g + 1], reach[g + 2], reach[g + 3]));
         }
         n_listed += n;
     }
@@ -356,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
 template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
     (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMassBytes<D>);
     choose_kernel<D><<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kMassBytes<D>,
-                       stream>>>(*a);
+                       stream>>>(*a, ts_cuda_attention_sums_bf16(a));
 }
 
 } // namespace

@@ -225,15 +225,24 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
         }
         const float weight = counts ? ts::reach_of(range.end - end) : 0.0f;
         float sums[kElements] = {};
-        const float *from = mass ? mass : a.tile_masses; // something to read: no load waits for a branch
-#pragma unroll 16
-        for (int t = 0; t < 32; t++) {
-            const float *z = (const float *)__shfl_sync(~0u, (unsigned long long)from, t);
-            const float w = __shfl_sync(~0u, weight, t);
+        // Where there is no tile, the range's first with no weight: no load waits for a branch.
+        const unsigned long long first = __shfl_sync(~0u, (unsigned long long)mass, 0);
+        const unsigned long long from = mass ? (unsigned long long)mass : first;
+        constexpr int kAhead = 16;
 #pragma unroll
-            for (int e = 0; e < kElements; e++) {
-                const float x = z[e * 32 + lane];
-                sums[e] += w > 0.0f ? w * x : 0.0f;
+        for (int t0 = 0; t0 < 32; t0 += kAhead) {
+            float z[kAhead][kElements];
+#pragma unroll
+            for (int t = 0; t < kAhead; t++)
+#pragma unroll
+                for (int e = 0; e < kElements; e++)
+                    z[t][e] = ((const float *)__shfl_sync(~0u, from, t0 + t))[e * 32 + lane];
+#pragma unroll
+            for (int t = 0; t < kAhead; t++) {
+                const float w = __shfl_sync(~0u, weight, t0 + t);
+#pragma unroll
+                for (int e = 0; e < kElements; e++)
+                    sums[e] += w * z[t][e];
             }
         }
         const int64_t at = is_held ? span_head * a.held_ranges_stride + i

@@ -113,11 +113,10 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
         __syncthreads();
         for (int i = tid; i < n_steps * kTiles; i += kThreads) // beyond the list: any state, with no weight
             places[i] = a.list_at[list + first + min(i, n_here - 1)];
-        for (int i = tid; i < n_steps * kTiles * (kGroup / 4); i += kThreads) {
-            const int k = i / (kGroup / 4), g = i % (kGroup / 4) * 4;
-            ts::store4(weights + k * kWeightPitch + g, k < n_here
-                                                           ? ts::load4(a.list_weights + (list + first + k) * kGroup + g)
-                                                           : make_float4(0, 0, 0, 0));
+        for (int i = tid; i < n_steps * kTiles * (kGroup / 8); i += kThreads) {
+            const int k = i / (kGroup / 8), g = i % (kGroup / 8) * 8;
+            const ts::bf16 *from = (const ts::bf16 *)(a.list_weights + (list + first + k) * kGroup) + g;
+            *(uint4 *)(weights + k * kWeightPitch + g) = k < n_here ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
         }
         __syncthreads();
         const auto fetch = [&](int step) {
@@ -239,7 +238,7 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     const unsigned n_kv = (unsigned)a->cache.n_kv_heads;
     if (a->cache.is_sparse) {
         const unsigned n_groups = (unsigned)a->n_wave_groups;
-        if constexpr (std::is_same<A, ts::bf16>::value && !std::is_same<S, float>::value) {
+        if constexpr (std::is_same<A, ts::bf16>::value && !std::is_same<S, float>::value) { // as sums_bf16 says
             (void)cudaFuncSetAttribute(matrix_sum_kernel<S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        kMatrixBytes);
             matrix_sum_kernel<S, D><<<dim3(D * D / kWide, n_groups, n_kv), kThreads, kMatrixBytes, stream>>>(*a);
