@@ -560,8 +560,10 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) char memory[];
     group_shared &s = *(group_shared *)memory;
-    const int j = blockIdx.y, n_kv = a.cache.n_kv_heads;
-    const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.z; // the latest first: they have the longest lists
+    // Groups of one head run at a time: they share most states, which so stay in L2. The latest first: they have the
+    // longest lists.
+    const int j = blockIdx.z, n_kv = a.cache.n_kv_heads;
+    const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.y;
     const ts_cuda_list head = a.lists[in_wave * n_kv + j];
     group_rows rows = {(const bf16 *)a.qkvg.data + head.row * a.qkvg.stride, head.row, head.n_rows};
     asm volatile("" : "+l"(rows.qkvg)); // one pointer, to which 32 bits are added
@@ -575,7 +577,7 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
 template <typename S> ts_status launch(cudaStream_t stream, const ts_cuda_attention *a) {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute cluster = {};
-    config.gridDim = dim3(kBlocks, (unsigned)a->cache.n_kv_heads, (unsigned)a->n_wave_groups);
+    config.gridDim = dim3(kBlocks, (unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = sizeof(group_shared);
     config.stream = stream;

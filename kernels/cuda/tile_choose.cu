@@ -5,8 +5,10 @@
 // event selects, in a list. Candidates come in ranges of 32. A tile's score is at most e^E max(q) sum(z), which its key
 // holds already, so the tiles of a range are not scored one by one where the largest key shows that no event can select
 // any. Such a range counts in the sum of scores by its tiles' decayed mass or, where all ranges alike would together
-// add less than 2^-24, not at all. Bound by latency and f32 arithmetic.
+// add less than 2^-24, not at all. Scores decide, so they are to have f32's precision: on the matrix units, z and mean
+// queries as sums of three BF16 numbers each. Bound by latency.
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/warp_matrix.cuh"
 
 namespace {
 
@@ -14,9 +16,12 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
 constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
 constexpr int kAtOnce = kThreads / kShares;            // candidates
-constexpr int kQueryPitch = kGroup + 4;
-template <int D> constexpr int kMassPitch = D + 4; // floats: keeps rows aligned to 16 bytes and apart in banks
-template <int D> constexpr int kMassBytes = kAtOnce * kMassPitch<D> * (int)sizeof(float);
+constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
+constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
+template <int D> constexpr int kQueryPitch = D + 8;
+template <int D>
+constexpr int kSharedBytes =
+    kAtOnce * kScorePitch * (int)sizeof(float) + kParts * kGroup * kQueryPitch<D> * (int)sizeof(ts::bf16);
 
 struct event_group {
     int span, n_events, n_held;
@@ -84,63 +89,106 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
     return out;
 }
 
-// Mass of queries[., g0 .. g0 + kEvents) on a tile.
+// scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and half
+// of the events. Rows without a tile are of whatever lies at `any`.
 template <int D>
-__device__ __forceinline__ void dots_of(const float *mass, const float (*queries)[kQueryPitch], int g0,
-                                        float (&dots)[kEvents]) {
-#pragma unroll 4
-    for (int e = 0; e < D; e += 4) {
-        const float4 z = ts::load4(mass + e);
+__device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
+                                            float *scores) {
+    constexpr int kRowBlocks = kAtOnce / 16, kAhead = 2; // kAhead: steps whose loads are under way together
+    static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
+    const int row = warp % kRowBlocks * 16 + lane / 4, first_event = warp / kRowBlocks * (kGroup / 2);
+    const float *z[2] = {mass_of[row], mass_of[row + 8]};
+    if (!__any_sync(~0u, z[0] || z[1]))
+        return;
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const float x = k == 0 ? z.x : k == 1 ? z.y : k == 2 ? z.z : z.w;
+    for (int r = 0; r < 2; r++)
+        z[r] = (z[r] ? z[r] : any) + column;
+    float sums[2][4] = {};
+#pragma unroll 1
+    for (int k0 = 0; k0 < D; k0 += 16 * kAhead) {
+        float2 x[kAhead][4];
 #pragma unroll
-            for (int g = 0; g < kEvents; g += 4) {
-                const float4 q = ts::load4(&queries[e + k][g0 + g]);
-                dots[g] += x * q.x, dots[g + 1] += x * q.y, dots[g + 2] += x * q.z, dots[g + 3] += x * q.w;
+        for (int k = 0; k < kAhead; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[k][i] = *(const float2 *)(z[i % 2] + k0 + 16 * k + i / 2 * 8);
+#pragma unroll
+        for (int k = 0; k < kAhead; k++) {
+            uint32_t parts[kParts][4];
+#pragma unroll
+            for (int part = 0; part < kParts; part++) {
+                uint32_t q[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    parts[part][i] = ts::pack(x[k][i].x, x[k][i].y);
+                    x[k][i].x -= ts::low_of(parts[part][i]);
+                    x[k][i].y -= ts::high_of(parts[part][i]);
+                }
+                ts::load_b_transposed(q, queries + (kParts - 1 - part) * kGroup * kQueryPitch<D>, kQueryPitch<D>,
+                                      k0 + 16 * k, first_event);
+#pragma unroll
+                for (int of_z = 0; of_z <= part; of_z++) { // with what the queries' part may still change
+                    ts::multiply_add(sums[0], parts[of_z], q[0], q[1]);
+                    ts::multiply_add(sums[1], parts[of_z], q[2], q[3]);
+                }
             }
         }
     }
+    float *to = scores + row * kScorePitch + first_event + column;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        ts::store2(to + 8 * n, sums[n][0], sums[n][1]);
+        ts::store2(to + 8 * kScorePitch + 8 * n, sums[n][2], sums[n][3]);
+    }
 }
 
-// Neighbouring threads have one candidate and a share of the events each: four ranges at a time, their z staged in
-// shared memory. Pass 1 keeps the dots in the list; pass 2 decides and writes the list over what it has read.
+// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots in
+// the list; pass 2 decides and writes the list over what it has read.
 template <int D>
-__global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
+__global__ void __launch_bounds__(kThreads, 2)
+    choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
     extern __shared__ float4 memory[];
-    float *const masses = (float *)memory; // [kAtOnce, kMassPitch]
-    __shared__ alignas(16) float queries[D][kQueryPitch]; // mean queries, transposed: a thread reads all its events
+    float *const scores = (float *)memory;
+    ts::bf16 *const queries = (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
     __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
     __shared__ double lowest[2]; // keys below which no event selects a tile, and below which tiles do not count
     __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
-    __shared__ int counts[kWarps], n_chosen[kGroup];
+    __shared__ int counts[kWarps];
     __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
     __shared__ const float *mass_of[kAtOnce];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int share = tid % kShares, g0 = share * kEvents, place = tid / kShares;
-    const unsigned alike = 0x11111111u << share; // lanes with the same share
-    static_assert(kShares == 4, "what `alike` stands for");
     const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.x; // the latest first: they have most candidates
     const event_group group = group_of(a, a.first_group + in_wave, j);
     const ts_sparsity &rules = a.cache.sparsity;
     if (tid < kGroup) {
         ends[tid] =
             tid < group.n_events ? a.tile_ends[j * a.pieces.n_closed + group.first_closed + group.first + tid] : 0.0;
-        n_chosen[tid] = 0;
         largest[tid] = 0;
     }
     if (tid < 2)
         lowest[tid] = -INFINITY;
     __syncthreads();
+    constexpr int kLoads = kGroup * D / kThreads;
+    const int64_t first_piece = a.pieces.closed_pieces[group.first_closed + group.first]; // each event's follows
+    float loaded[kLoads];
 #pragma unroll
-    for (int i = tid; i < kGroup * D; i += kThreads) {
-        const int g = i / D, e = i % D;
-        float q = 0;
-        if (g < group.n_events) {
-            const int64_t piece = a.pieces.closed_pieces[group.first_closed + group.first + g];
-            q = a.query_sums[(piece * n_kv + j) * D + e];
+    for (int i = 0; i < kLoads; i++) {
+        const int g = (tid + i * kThreads) / D, e = tid % D;
+        loaded[i] = g < group.n_events ? a.query_sums[((first_piece + g) * n_kv + j) * D + e] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int g = (tid + i * kThreads) / D, e = tid % D;
+        const float q = loaded[i];
+        float left = q;
+#pragma unroll
+        for (int part = 0; part < kParts; part++) {
+            const ts::bf16 x = __float2bfloat16_rn(left);
+            queries[(part * kGroup + g) * kQueryPitch<D> + e] = x;
+            left -= __bfloat162float(x);
         }
-        queries[e][g] = q;
         const unsigned of_warp = __reduce_max_sync(~0u, __float_as_uint(q));
         if (tid % 32 == 0)
             atomicMax(&largest[g], of_warp);
@@ -156,18 +204,16 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
 
     int64_t n_kept = 0;
     double totals[kEvents] = {};
-    // Dots with the masses at mass_of, NULL: none.
-    const auto dots_at = [&](float (&dots)[kEvents]) {
+    // Dots with the tile whose z is at `mass`, of this thread's candidate; NULL: none.
+    const auto dots_with = [&](const float *mass, float (&dots)[kEvents]) {
+        if (share == 0)
+            mass_of[place] = mass;
         __syncthreads();
-#pragma unroll
-        for (int i = tid; i < kAtOnce * (D / 4); i += kThreads) {
-            const float *mass = mass_of[i / (D / 4)];
-            if (mass)
-                ts::store4(masses + i / (D / 4) * kMassPitch<D> + i % (D / 4) * 4, ts::load4(mass + i % (D / 4) * 4));
-        }
+        score_tiles<D>(mass_of, a.tile_masses, queries, scores);
         __syncthreads();
-        if (mass_of[place])
-            dots_of<D>(masses + place * kMassPitch<D>, queries, g0, dots);
+        const float4 x = ts::load4(scores + place * kScorePitch + g0), y = ts::load4(scores + place * kScorePitch + g0 + 4);
+        dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
+        dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
     };
     const auto score = [&](int n_ranges) {
         for (int r0 = 0; r0 < n_ranges; r0 += kAtOnce / kRange) {
@@ -179,13 +225,12 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
             if (there)
                 c = candidate_of(a, group, j, id, first, n_events);
             const unsigned held = __ballot_sync(~0u, c.held != 0) >> (tid % 32 / kShares * kShares);
-            __syncthreads(); // masses have been read
-            if (share == 0) // any share's
-                mass_of[place] = (held & (1u << kShares) - 1) == 0 ? NULL
-                                 : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
-                                           : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D;
-            float dots[kEvents] = {};
-            dots_at(dots);
+            const bool is_held = (held & (1u << kShares) - 1) != 0; // at any event
+            float dots[kEvents];
+            dots_with(!is_held  ? NULL
+                      : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
+                                : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
+                      dots);
 #pragma unroll
             for (int g = 0; g < kEvents; g++)
                 if (c.held >> g & 1u)
@@ -274,13 +319,11 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
             const bool there = r0 + place < n_whole;
             const int64_t whole = sums_only[there ? r0 + place : 0];
             const double end = there ? (whole >= 0 ? held_ranges + whole : tile_ranges + ~whole)->end : 0.0;
-            __syncthreads(); // masses have been read
-            if (share == 0)
-                mass_of[place] = !there ? NULL
-                                 : whole >= 0 ? a.held_range_masses + (held_at + whole) * D
-                                              : a.tile_range_masses + (tiles_at + ~whole) * D;
-            float dots[kEvents] = {};
-            dots_at(dots);
+            float dots[kEvents];
+            dots_with(!there       ? NULL
+                      : whole >= 0 ? a.held_range_masses + (held_at + whole) * D
+                                   : a.tile_range_masses + (tiles_at + ~whole) * D,
+                      dots);
 #pragma unroll
             for (int g = 0; g < kEvents; g++)
                 if (there && g < n_events)
@@ -292,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         thresholds[tid] *= rules.skip_share;
     __syncthreads();
 
-    int n_listed = 0;
+    int n_listed = 0, n_selected = 0; // n_selected: by this thread, of all events
     for (int64_t k0 = 0; k0 < n_kept; k0 += kAtOnce) {
         candidate c = {0, 0, 0, 0};
         float dots[kEvents] = {}, reach[kEvents];
@@ -316,9 +359,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
             if (!selected)
                 reach[g] = 0.0f;
             any = any || reach[g] > 0.0f;
-            const unsigned votes = __ballot_sync(~0u, selected);
-            if (tid % 32 < kShares && (votes & alike))
-                atomicAdd(&n_chosen[g0 + g], __popc(votes & alike));
+            n_selected += selected;
         }
         const bool listed = (__ballot_sync(~0u, any) >> (tid % 32 / kShares * kShares) & (1u << kShares) - 1) != 0;
         int n;
@@ -337,28 +378,25 @@ __global__ void __launch_bounds__(kThreads, 2) choose_kernel(const __grid_consta
         }
         n_listed += n;
     }
-    __syncthreads();
+    const int n_all = ts::block_sum(n_selected, counts);
     if (tid == 0) {
         const ts_span span = a.spans[group.span];
         const int64_t T = a.cache.tile_size, row = span.row - span.position + (group.first_tile + group.first + 1) * T;
         const int64_t n_rows = min(span.row + span.n_tokens - row, kGroup * T);
         a.lists[in_wave * n_kv + j] = {
             group.first_closed + group.first, row, (int)n_rows, n_listed, group.n_events, group.sequence};
-        unsigned long long available = 0, selected = 0;
-        for (int g = 0; g < group.n_events; g++) {
-            available += (unsigned long long)(group.first_tile + group.first + g + 1);
-            selected += (unsigned long long)n_chosen[g];
-        }
+        const unsigned long long n = (unsigned long long)group.n_events;
+        const unsigned long long available = n * (unsigned long long)(group.first_tile + group.first) + n * (n + 1) / 2;
         // Integers: the order in which blocks add does not matter.
         unsigned long long *pairs = (unsigned long long *)a.cache.pairs + 2 * ts::head_of(a, group.sequence, j);
         atomicAdd(pairs, available);
-        atomicAdd(pairs + 1, selected);
+        atomicAdd(pairs + 1, (unsigned long long)n_all);
     }
 }
 
 template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMassBytes<D>);
-    choose_kernel<D><<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kMassBytes<D>,
+    (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
+    choose_kernel<D><<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>,
                        stream>>>(*a, ts_cuda_attention_sums_bf16(a));
 }
 

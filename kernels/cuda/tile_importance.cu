@@ -11,20 +11,22 @@ constexpr int kRowsAhead = 8;    // asked for together by a thread
 constexpr int kMostTokens = 128; // of a piece
 constexpr int kLeastLanes = 8;   // that have one row of a head
 
-// 16 bytes of k, and the sum of their features: of BF16 in f32, whose rounding is less than that of what it adds up.
-__device__ double feature_sum(const uint4 &raw, const float *) {
+// The sum of k^ over 16 bytes of a row. Rounded to f32 one by one, numbers of about the same size add up in f64 without
+// rounding, so tiles of the same tokens tie in whatever order they are summed.
+__device__ double key_sum(const uint4 &raw, float gate, const float *) {
     double sum = 0;
     for (uint32_t bits : {raw.x, raw.y, raw.z, raw.w})
-        sum += (double)ts::elu1(__uint_as_float(bits));
+        sum += (double)(gate * ts::elu1(__uint_as_float(bits)));
     return sum;
 }
-__device__ double feature_sum(const uint4 &raw, const ts::bf16 *) {
+__device__ double key_sum(const uint4 &raw, float gate, const ts::bf16 *) {
     float x[8];
+    double sum = 0;
     ts::unpack(raw, x);
 #pragma unroll
     for (int e = 0; e < 8; e++)
-        x[e] = ts::elu1_fast(x[e]);
-    return (double)(((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])));
+        sum += (double)(gate * ts::elu1_fast(x[e]));
+    return sum;
 }
 
 // The sum of k^ over a piece, for kHeads heads: neighbouring threads have neighbouring 16 bytes of a row, then of the
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll
         for (int i = 0; i < kRowsAhead; i++)
             if (head < n_here && i0 + i * rows < piece.n_tokens)
-                sum += (double)gates[i0 + i * rows][head] * feature_sum(raw[i], (const T *)NULL);
+                sum += key_sum(raw[i], gates[i0 + i * rows][head], (const T *)NULL);
     }
     for (int step = lanes / 2; step > 0; step /= 2)
         sum += __shfl_xor_sync(~0u, sum, step);
