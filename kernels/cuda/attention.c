@@ -4,8 +4,8 @@
 // (2) tiles: features, decay and the states of those tiles, every piece by itself; (3) rules: which tile is held when;
 // (4) in waves of bounded memory, choose: what every tile that follows a completed one selects; and (5) groups: S^ and
 // outputs in one kernel, on Hopper at d 64; elsewhere sum and outputs, with S^ in device memory between; (6) store: the
-// cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the recurrence.
-// Dense form in BF16 has a kernel of its own (attention_dense.h).
+// cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
+// recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
 // Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form a second
 // kernel closes those.

@@ -16,7 +16,8 @@ template <int D> constexpr int shared_bytes() {
 }
 
 template <typename A, int D>
-__global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
+__global__ void __launch_bounds__(kThreads)
+    outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
     extern __shared__ float4 stage[];
     constexpr int L = D + kPad, P = kRows + kPad, C = D / 16; // C: output columns of a thread
     float *queries = (float *)stage, *staged = queries + kRows * L, *weights = staged + kRows * L;

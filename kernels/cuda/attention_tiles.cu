@@ -58,8 +58,8 @@ template <int D> __device__ float column_sum(const float *shares, int column) {
 // A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
 // before the first is needed, and nothing is read twice.
 template <typename S, int D>
-__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage, float *scale_of,
-                           double *totals) {
+__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage,
+                           float *scale_of, double *totals) {
     using W = typename ts::raw_state<ts::bf16, S>::type;
     constexpr int L = D + 8, kVectors = D / 8, kRows = kThreads / kVectors, kItems = kChunk / kRows;
     constexpr int kSplit = kWarps / (D / 16), kColumns = D / kSplit, kPitch = kStatePitch<W, D>;

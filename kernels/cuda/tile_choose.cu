@@ -20,8 +20,8 @@ constexpr int kParts = 3;                              // BF16 numbers that add 
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
 template <int D> constexpr int kQueryPitch = D + 8;
 template <int D>
-constexpr int kSharedBytes =
-    kAtOnce * kScorePitch * (int)sizeof(float) + kParts * kGroup * kQueryPitch<D> * (int)sizeof(ts::bf16);
+constexpr int
+    kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
 
 struct event_group {
     int span, n_events, n_held;
@@ -89,8 +89,8 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
     return out;
 }
 
-// scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and half
-// of the events. Rows without a tile are of whatever lies at `any`.
+// scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
+// half of the events. Rows without a tile are of whatever lies at `any`.
 template <int D>
 __device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
                                             float *scores) {
@@ -143,16 +143,17 @@ __device__ __forceinline__ void score_tiles(const float *const *mass_of, const f
     }
 }
 
-// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots in
-// the list; pass 2 decides and writes the list over what it has read.
+// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots
+// in the list; pass 2 decides and writes the list over what it has read.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 2)
     choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
     extern __shared__ float4 memory[];
     float *const scores = (float *)memory;
-    ts::bf16 *const queries = (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
+    ts::bf16 *const queries =
+        (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
     __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
-    __shared__ double lowest[2]; // keys below which no event selects a tile, and below which tiles do not count
+    __shared__ double lowest[2];         // keys below which no event selects a tile, and below which tiles do not count
     __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
     __shared__ int counts[kWarps];
     __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
@@ -205,13 +206,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     int64_t n_kept = 0;
     double totals[kEvents] = {};
     // Dots with the tile whose z is at `mass`, of this thread's candidate; NULL: none.
-    const auto dots_with = [&](const float *mass, float (&dots)[kEvents]) {
+    const auto dots_with = [&](const float *mass, float(&dots)[kEvents]) {
         if (share == 0)
             mass_of[place] = mass;
         __syncthreads();
         score_tiles<D>(mass_of, a.tile_masses, queries, scores);
         __syncthreads();
-        const float4 x = ts::load4(scores + place * kScorePitch + g0), y = ts::load4(scores + place * kScorePitch + g0 + 4);
+        const float4 x = ts::load4(scores + place * kScorePitch + g0),
+                     y = ts::load4(scores + place * kScorePitch + g0 + 4);
         dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
         dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
     };
@@ -267,42 +269,24 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncthreads();
     };
 
-    // The newest ranges, whose sums bound the totals from below.
+    // First the newest ranges, whose sums bound the totals from below; then, of the others, those that this leaves.
     const int n_newest = (int)min((int64_t)(kAtOnce / kRange), own + 1);
-    if (tid < n_newest)
-        ranges[tid] = ~(own - tid);
-    __syncthreads();
-    score(n_newest);
-    total();
-    if (tid < kGroup && rules.skip_share > 0) {
-        const double n_candidates = (double)(n_held_ranges + own + 1) * kRange;
-        // 1e-3: more than the rounding of the scores, which are sums of f32 products.
-        double unit = log(thresholds[tid]) - ends[tid] - log((double)__uint_as_float(largest[tid])) - 1e-3;
-        unit = tid >= group.n_events ? INFINITY : isnan(unit) ? -INFINITY : unit;
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2)
-            unit = fmin(unit, __shfl_xor_sync(~0u, unit, step));
-        if (tid == 0) {
-            lowest[0] = unit + log(rules.skip_share);
-            lowest[1] = unit + fmin(log(rules.skip_share), log(0x1p-24 / n_candidates));
-        }
-    }
-    __syncthreads();
-    const double lowest_selected = lowest[0], lowest_counted = lowest[1];
     const int64_t first_recent = group.first_tile + group.first + 1 - rules.recent_tiles; // tile, at the first event
     const int64_t n_others = n_held_ranges + own + 1 - n_newest;
-    for (int64_t i0 = 0; i0 < n_others; i0 += kThreads) {
+    for (int64_t i0 = -kThreads; i0 < n_others; i0 += kThreads) {
+        const bool are_newest = i0 < 0;
         const int64_t i = i0 + tid;
-        bool needed = false, counts_whole = false;
-        int64_t range = 0;
-        if (i < n_others) {
+        bool needed = are_newest && tid < n_newest, counts_whole = false;
+        int64_t range = ~(own - tid);
+        if (!are_newest && i < n_others) {
+            const double lowest_selected = lowest[0], lowest_counted = lowest[1];
             const bool is_held = i < n_held_ranges;
             range = is_held ? i : ~(i - n_held_ranges);
             const ts_cuda_range bounds = is_held ? held_ranges[i] : tile_ranges[i - n_held_ranges];
             // Whether its decayed mass is that of the tiles held throughout the group (ranges_kernel).
             const bool is_whole = (is_held || ~range + 2 <= own) && bounds.first_death >= group.first + group.n_events;
-            needed = bounds.newest >= first_recent ||
-                     !(bounds.largest_key < (is_whole ? lowest_selected : lowest_counted));
+            needed =
+                bounds.newest >= first_recent || !(bounds.largest_key < (is_whole ? lowest_selected : lowest_counted));
             needed = needed && bounds.last_death > group.first;
             counts_whole = is_whole && !needed && !(bounds.largest_key < lowest_counted);
         }
@@ -329,6 +313,23 @@ __global__ void __launch_bounds__(kThreads, 2)
                 if (there && g < n_events)
                     totals[g] += (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g];
         }
+        if (!are_newest)
+            continue;
+        total();
+        if (tid < kGroup && rules.skip_share > 0) {
+            const double n_candidates = (double)(n_held_ranges + own + 1) * kRange;
+            // 1e-3: more than the rounding of the scores, which are sums of f32 products.
+            double unit = log(thresholds[tid]) - ends[tid] - log((double)__uint_as_float(largest[tid])) - 1e-3;
+            unit = tid >= group.n_events ? INFINITY : isnan(unit) ? -INFINITY : unit;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                unit = fmin(unit, __shfl_xor_sync(~0u, unit, step));
+            if (tid == 0) {
+                lowest[0] = unit + log(rules.skip_share);
+                lowest[1] = unit + fmin(log(rules.skip_share), log(0x1p-24 / n_candidates));
+            }
+        }
+        __syncthreads();
     }
     total();
     if (tid < kGroup)
@@ -396,8 +397,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
     (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
-    choose_kernel<D><<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>,
-                       stream>>>(*a, ts_cuda_attention_sums_bf16(a));
+    choose_kernel<D>
+        <<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>, stream>>>(
+            *a, ts_cuda_attention_sums_bf16(a));
 }
 
 } // namespace

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kSumThreads)
     const ts_cuda_piece piece = pieces.at[blockIdx.x];
     const int n_kv = history.n_kv_heads, j0 = blockIdx.y * kHeads, n_here = min(kHeads, n_kv - j0), tid = threadIdx.x;
     const int lanes = d / kVector, together = lanes * kHeads; // threads of a row of one head, and of all
-    const int column = tid % together * kVector, head = column / d, row0 = tid / together, rows = kSumThreads / together;
+    const int column = tid % together * kVector, head = column / d, row0 = tid / together,
+              rows = kSumThreads / together;
     const T *first = qkvg + piece.row * stride, *k = first + (int64_t)(n_heads + j0) * d + column;
     double sum = 0;
     for (int i0 = row0; i0 < kMostTokens; i0 += kRowsAhead * rows) {
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kSumThreads)
         if (i0 == row0) {
             for (int i = tid; i < piece.n_tokens * kHeads; i += kSumThreads)
                 if (i % kHeads < n_here)
-                    gates[i / kHeads][i % kHeads] = ts::key_gate(
-                        first + i / kHeads * stride + (int64_t)(n_heads + 2 * n_kv) * d + j0 + i % kHeads);
+                    gates[i / kHeads][i % kHeads] =
+                        ts::key_gate(first + i / kHeads * stride + (int64_t)(n_heads + 2 * n_kv) * d + j0 + i % kHeads);
             __syncthreads();
         }
 #pragma unroll
@@ -128,12 +129,13 @@ ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_ar
     double *open;
     size_t n_bytes;
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "tile_importance: qkvg"));
-    TS_CHECK((args->head_dim == 64 || args->head_dim == 128) && history.tile_size <= kMostTokens &&
-                 ((uintptr_t)args->qkvg.data | (size_t)args->qkvg.stride * ts_dtype_bytes(args->qkvg.dtype)) % 16 == 0,
-             TS_ERR_INVALID,
-             "cuda: tile_importance: heads of 64 or 128, tiles of up to %d tokens and rows that begin at multiples of 16 "
-             "bytes are allowed",
-             kMostTokens);
+    TS_CHECK(
+        (args->head_dim == 64 || args->head_dim == 128) && history.tile_size <= kMostTokens &&
+            ((uintptr_t)args->qkvg.data | (size_t)args->qkvg.stride * ts_dtype_bytes(args->qkvg.dtype)) % 16 == 0,
+        TS_ERR_INVALID,
+        "cuda: tile_importance: heads of 64 or 128, tiles of up to %d tokens and rows that begin at multiples of 16 "
+        "bytes are allowed",
+        kMostTokens);
     ts_cuda_pieces_count(args->batch, history.tile_size, &pieces);
     n_bytes = ts_cuda_pieces_bytes(&pieces);
     TS_TRY(ts_cuda_device_scratch(device, n_bytes + (size_t)n_open * sizeof(double), &scratch));

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kWide = 1024; // threads of the kernels that have one block a span and KV head
+constexpr int kWide = 1024;           // threads of the kernels that have one block a span and KV head
 constexpr int64_t kManyBlocks = 8192; // more than the device runs at a time
 
 __device__ double *joining_of(const ts_cuda_attention &a, int s, int j) {
