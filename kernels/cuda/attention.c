@@ -27,8 +27,9 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     const size_t n_pieces = (size_t)a->pieces.n_pieces, n_closed = (size_t)a->pieces.n_closed * n_kv;
     const size_t n_rows = (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
     const bool is_sparse = a->cache.is_sparse;
-    const bool places_first = ts_cuda_attention_places_first(a), in_groups = ts_cuda_attention_groups_apply(a);
-    const size_t n_apart = ts_cuda_attention_all_in_slots(a) ? 0 : n_closed;
+    const bool in_groups = ts_cuda_attention_groups_apply(a),
+               places_first = is_sparse && a->cache.sparsity.cache_tiles == 0;
+    const size_t n_apart = a->all_in_slots ? 0 : n_closed;
     const ts_dtype state_dtype = is_sparse ? a->cache.slot_dtype : TS_F32;
     const size_t n_slots = is_sparse ? n_spans * (size_t)a->held_stride : 0;
     const size_t n_held_ranges = is_sparse ? n_spans * (size_t)a->held_ranges_stride : 0;
@@ -46,12 +47,14 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->next_states = in_groups ? NULL : carve(&at, n_closed * d * d * ts_dtype_bytes(a->qkvg.dtype));
     a->next_masses = in_groups ? NULL : carve(&at, n_closed * d * sizeof *a->next_masses);
     a->tile_keys = carve(&at, n_closed * sizeof *a->tile_keys);
-    a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);
-    a->tile_slots = carve(&at, n_closed * sizeof *a->tile_slots);
-    a->tile_places = places_first ? carve(&at, n_closed * sizeof *a->tile_places) : NULL;
-    a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
-    a->holes = carve(&at, n_slots * sizeof *a->holes);
-    a->held_after = carve(&at, n_spans * sizeof *a->held_after);
+    if (!a->all_in_slots) {
+        a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);
+        a->tile_slots = carve(&at, n_closed * sizeof *a->tile_slots);
+        a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
+        a->holes = carve(&at, n_slots * sizeof *a->holes);
+        a->tile_places = places_first ? carve(&at, n_closed * sizeof *a->tile_places) : NULL;
+        a->held_after = carve(&at, n_spans * sizeof *a->held_after);
+    }
     a->joining_keys = carve(&at, (n_closed + n_spans * (size_t)a->n_lead) * sizeof *a->joining_keys);
     a->held_ranges = carve(&at, n_held_ranges * sizeof *a->held_ranges);
     a->tile_ranges = carve(&at, n_groups * sizeof *a->tile_ranges);
@@ -200,6 +203,8 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
         .decay_temperature = args->decay_temperature,
         .normalizer_eps = (float)args->normalizer_eps,
         .capability = ts_cuda_device_of(device)->dense_plan.capability,
+        .all_in_slots =
+            args->cache->is_sparse && args->cache->sparsity.cache_tiles == 0 && args->cache->sparsity.prune_ratio == 0,
     };
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
     TS_CHECK(args->qkvg.dtype == args->y.dtype && is_aligned(&args->qkvg) && is_aligned(&args->y), TS_ERR_INVALID,

@@ -129,8 +129,16 @@ __device__ __forceinline__ int64_t page_of(const ts_cuda_attention &a, int32_t s
 }
 
 // Where S_t of a tile that completes in the batch is made: page, or ~index in tile_states.
-__device__ __forceinline__ int64_t tile_place(const ts_cuda_attention &a, int64_t closed, int j) {
+__device__ __forceinline__ int64_t tile_place(const ts_cuda_attention &a, int32_t span, int32_t sequence,
+                                              int64_t closed, int j) {
+    if (a.all_in_slots)
+        return page_of(a, sequence, j, a.cache.n_held[head_of(a, sequence, j)] + closed - a.pieces.closed_begin[span]);
     return a.tile_places ? a.tile_places[j * a.pieces.n_closed + closed] : ~(closed * a.cache.n_kv_heads + j);
+}
+
+// The event from which a tile is no longer held; INT32_MAX: it stays. NULL: all do.
+__device__ __forceinline__ int32_t death_at(const int32_t *deaths, int64_t at) {
+    return deaths ? deaths[at] : INT32_MAX;
 }
 
 // Tile of a span's event 0.

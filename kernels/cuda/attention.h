@@ -34,26 +34,29 @@ typedef struct ts_cuda_attention {
     ts_tensor qkvg, y;
     double decay_temperature;
     float normalizer_eps;
-    int capability; // kernels of: 80, 90
+    int capability;    // kernels of: 80, 90
+    bool all_in_slots; // no budget and no pruning: every tile stays and is made in a new slot, in the order of events
 
-    double *c;                  // [KV, n_rows] eq. (5)
-    float *gate;                // [KV, n_rows] eq. (2)
-    float *query_sums;          // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
-    void *tile_states;          // [n_closed, KV, d, d] S_t of the slots' dtype, f32 in dense form: those of the tiles
-                                // that are not made in their slots (tile_places)
-    float *tile_scales;         // [n_closed, KV, d] of FP8 states, like slot_scale
-    float *tile_masses;         // [n_closed, KV, d] z_t
-    double *tile_decays;        // [KV, n_closed] c_last
-    double *tile_sums;          // [KV, n_closed] sum of z_t
-    double *tile_ends;          // [KV, n_closed] E_t
-    void *next_states;          // [n_closed, KV, d, d] S^ of the tile that follows, of the activations' dtype
-    float *next_masses;         // [n_closed, KV, d], and above: NULL where S^ is used as it is summed
-    double *tile_keys;          // [KV, n_closed], and below: sparse form only
+    double *c;           // [KV, n_rows] eq. (5)
+    float *gate;         // [KV, n_rows] eq. (2)
+    float *query_sums;   // [n_pieces, KV, d]: of q^ over the tile so far; where it completes, the mean
+    void *tile_states;   // [n_closed, KV, d, d] S_t of the slots' dtype, f32 in dense form: those of the tiles
+                         // that are not made in their slots (tile_places)
+    float *tile_scales;  // [n_closed, KV, d] of FP8 states, like slot_scale
+    float *tile_masses;  // [n_closed, KV, d] z_t
+    double *tile_decays; // [KV, n_closed] c_last
+    double *tile_sums;   // [KV, n_closed] sum of z_t
+    double *tile_ends;   // [KV, n_closed] E_t
+    void *next_states;   // [n_closed, KV, d, d] S^ of the tile that follows, of the activations' dtype
+    float *next_masses;  // [n_closed, KV, d], and above: NULL where S^ is used as it is summed
+    double *tile_keys;   // [KV, n_closed], and below: sparse form only
+    // NULL where all_in_slots, to held_after:
     int32_t *tile_deaths;       // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
     int32_t *tile_slots;        // [KV, n_closed] slot it is stored in; -1: none
-    int64_t *tile_places;       // [KV, n_closed] where S_t is made: page, or ~index in tile_states; NULL: all there
-    int32_t *held_deaths;       // [n_spans, KV, held_stride] the same of the tiles held before the batch
+    int32_t *held_deaths;       // [n_spans, KV, held_stride] tile_deaths of the tiles held before the batch
     int32_t *holes;             // [n_spans, KV, held_stride] slots that those leave
+    int64_t *tile_places;       // [KV, n_closed] where S_t is made: page, or ~index in tile_states; NULL: there, or
+                                // as all_in_slots says
     int32_t *held_after;        // [n_spans, KV] tiles held after the batch
     double *joining_keys;       // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
     ts_cuda_range *held_ranges; // [n_spans, KV, held_ranges_stride] of TS_CUDA_GROUP slots each
@@ -71,22 +74,12 @@ typedef struct ts_cuda_attention {
     int64_t most_events;                     // of any span
 } ts_cuda_attention;
 
-// Whether the tiles that stay are known before their states are: rule 2 needs all keys of the batch.
-static inline bool ts_cuda_attention_places_first(const ts_cuda_attention *a) {
-    return a->cache.is_sparse && a->cache.sparsity.cache_tiles == 0;
-}
-
-// Whether no tile is made elsewhere: then nothing leaves, and all slots are new.
-static inline bool ts_cuda_attention_all_in_slots(const ts_cuda_attention *a) {
-    return ts_cuda_attention_places_first(a) && a->cache.sparsity.prune_ratio == 0;
-}
-
 // Whether states are multiplied by their weights on the matrix units.
 static inline bool ts_cuda_attention_sums_bf16(const ts_cuda_attention *a) {
     return a->cache.is_sparse && a->qkvg.dtype == TS_BF16 && a->cache.slot_dtype != TS_F32;
 }
 
-// Slots of the tiles that stay, where that is known already; tiles are then made in new slots.
+// Slots of the tiles that stay, where tile_places is to be known: where rule 2, which needs all keys, has no say.
 ts_status ts_cuda_tile_place(cudaStream_t stream, const ts_cuda_attention *a);
 // Features, decay, query sums; tokens that continue an open tile are appended to it; eq. (7) for tiles that complete.
 ts_status ts_cuda_attention_tiles(cudaStream_t stream, const ts_cuda_attention *a);

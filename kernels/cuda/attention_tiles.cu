@@ -69,7 +69,7 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
     W *staged = (W *)(mass_shares + kWarps * D);
     const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads, group = a.cache.n_heads / n_kv;
     const int r0 = tid / kVectors, column = tid % kVectors * 8;
-    const int64_t stride = a.qkvg.stride, place = ts::tile_place(a, piece.closed, j);
+    const int64_t stride = a.qkvg.stride, place = ts::tile_place(a, piece.span, piece.sequence, piece.closed, j);
     const ts::token_row<ts::bf16> first = ts::row_of<ts::bf16, D>(a, piece.row);
     uint4 raw_k[kItems], raw_v[kItems], raw_q[kItems];
 #pragma unroll
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     const double c_last = tile.c[T - 1];
     if (tid < T)
         reach_of[tid] = ts::reach_of(c_last - tile.c[tid]);
-    const int64_t at = piece.closed * n_kv + j, place = ts::tile_place(a, piece.closed, j);
+    const int64_t at = piece.closed * n_kv + j, place = ts::tile_place(a, piece.span, piece.sequence, piece.closed, j);
     using W = typename ts::raw_state<A, S>::type;
     constexpr int kPitch = kStatePitch<W, D>;
     W *staged = (W *)((char *)stage + ts::kStateStage<A, D>);

@@ -67,7 +67,7 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
     if (id >= 0) {
         if (id >= group.n_held)
             return out;
-        death = a.held_deaths[group.held_at + id];
+        death = ts::death_at(a.held_deaths, group.held_at + id);
         if (death > first) {
             out.at = ts::page_of(a, group.sequence, j, id);
             out.tile = a.cache.slot_tile[out.at];
@@ -78,8 +78,8 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
         if (born >= first + n)
             return out;
         const int64_t closed = group.first_closed + born, by_head = j * a.pieces.n_closed + closed;
-        death = a.tile_deaths[by_head];
-        out.at = ts::tile_place(a, closed, j);
+        death = ts::death_at(a.tile_deaths, by_head);
+        out.at = ts::tile_place(a, group.span, group.sequence, closed, j);
         out.tile = group.first_tile + born;
         out.end = a.tile_ends[by_head];
     }

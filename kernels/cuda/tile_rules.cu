@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kWide) ends_kernel(const __grid_constant__ ts_
     }
     for (int64_t i = tid; i < n; i += kWide) {
         const double end_of = a.tile_ends[base + i], key = log(a.tile_sums[base + i]) - end_of;
-        const int64_t place = ts::tile_place(a, begin + i, j);
+        const int64_t place = ts::tile_place(a, s, sequence, begin + i, j);
         a.tile_keys[base + i] = key;
         joining[a.n_lead + i] = may_compete(a, sequence, first_tile + i) ? key : NAN;
         if (place >= 0) {
@@ -197,7 +197,7 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
                 tile = a.cache.slot_tile[page];
                 key = a.cache.slot_key[page];
                 end = a.cache.slot_decay_end[page];
-                death = a.held_deaths[span_head * a.held_stride + slot];
+                death = ts::death_at(a.held_deaths, span_head * a.held_stride + slot);
                 mass = a.cache.slot_mass + page * D;
             }
         } else {
@@ -207,7 +207,7 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
                 tile = ts::first_tile_of(a, s) + event;
                 key = a.tile_keys[at];
                 end = a.tile_ends[at];
-                death = a.tile_deaths[at];
+                death = ts::death_at(a.tile_deaths, at);
                 mass = a.tile_masses + ((begin + event) * n_kv + j) * D;
             }
         }
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
     const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
     if (n == 0)
         return;
-    const bool is_first = a.tile_places != NULL, prunes = a.cache.sparsity.prune_ratio > 0;
+    const bool is_first = a.tile_places != NULL;
     const int32_t sequence = a.spans[s].sequence;
     const int64_t span_head = (int64_t)s * a.cache.n_kv_heads + j, held_at = span_head * a.held_stride;
     const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
@@ -273,10 +273,7 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
     for (int i0 = 0; i0 < n_held; i0 += kWide) {
         const int i = i0 + (int)threadIdx.x;
         if (is_first && i < n_held)
-            a.held_deaths[held_at + i] =
-                prunes ? pruned_at(a, s, sequence, a.cache.slot_tile[ts::page_of(a, sequence, j, i)]) : INT_MAX;
-        if (is_first && !prunes)
-            continue;
+            a.held_deaths[held_at + i] = pruned_at(a, s, sequence, a.cache.slot_tile[ts::page_of(a, sequence, j, i)]);
         const bool dies = i < n_held && a.held_deaths[held_at + i] != INT_MAX;
         int total;
         const int rank = ts::rank_in_block<kWide / 32>(dies, counts, &total);
@@ -307,9 +304,9 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
 template <typename S, int D> __global__ void store_kernel(const __grid_constant__ ts_cuda_attention a) {
     const int64_t closed = blockIdx.x, at = blockIdx.y * a.pieces.n_closed + closed;
     const int j = blockIdx.y, slot = a.tile_slots[at];
-    if (slot < 0 || ts::tile_place(a, closed, j) >= 0)
-        return;
     const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[closed]];
+    if (slot < 0 || ts::tile_place(a, piece.span, piece.sequence, closed, j) >= 0)
+        return;
     const int64_t page = ts::page_of(a, piece.sequence, j, slot), from = closed * a.cache.n_kv_heads + j;
     constexpr int kVectors = D * D * (int)sizeof(S) / 16;
     const uint4 *state = (const uint4 *)((const S *)a.tile_states + from * D * D);
@@ -345,7 +342,8 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
         if (tid == 0)
             a.cache.decay_end[head] = a.tile_ends[j * a.pieces.n_closed + closed_end - 1];
         if (tid == 0 && a.cache.is_sparse)
-            a.cache.n_held[head] = a.held_after[s * n_kv + j];
+            a.cache.n_held[head] = a.all_in_slots ? a.cache.n_held[head] + (int)(closed_end - a.pieces.closed_begin[s])
+                                                  : a.held_after[s * n_kv + j];
     }
     if (piece.closed >= 0)
         return;
@@ -369,8 +367,7 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
 
 template <typename A, typename S, int D> void launch_store(cudaStream_t stream, const ts_cuda_attention *a) {
     const unsigned n_kv = (unsigned)a->cache.n_kv_heads, n_spans = (unsigned)a->pieces.n_spans;
-    const bool all_in_slots = ts_cuda_attention_all_in_slots(a);
-    if (a->cache.is_sparse && a->pieces.n_closed > 0 && !all_in_slots)
+    if (a->cache.is_sparse && a->pieces.n_closed > 0 && !a->all_in_slots)
         store_kernel<S, D><<<dim3((unsigned)a->pieces.n_closed, n_kv), kThreads, 0, stream>>>(*a);
     leave_kernel<A, D><<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
 }
@@ -378,7 +375,7 @@ template <typename A, typename S, int D> void launch_store(cudaStream_t stream, 
 } // namespace
 
 ts_status ts_cuda_tile_place(cudaStream_t stream, const ts_cuda_attention *a) {
-    if (a->pieces.n_closed == 0 || !ts_cuda_attention_places_first(a))
+    if (a->pieces.n_closed == 0 || !a->tile_places)
         return TS_OK;
     slots_kernel<<<dim3((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads), kWide, 0, stream>>>(*a);
     return ts_cuda_status(cudaGetLastError(), "attention: slots of tiles");
@@ -393,7 +390,7 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
         // Blocks for the largest span, but in a batch of many spans not for each as many.
         const int64_t most = (a->held_stride + a->most_events + kWarps - 1) / kWarps;
         const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
-        if (!ts_cuda_attention_places_first(a)) {
+        if (a->cache.sparsity.cache_tiles > 0) {
             deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
             slots_kernel<<<dim3(n_spans, n_kv), kWide, 0, stream>>>(*a);
         }
