@@ -103,9 +103,6 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
             const int row = min(event * D + r0 + v * kRowsApart, last);
             raw_k[v] = ts::load_raw(rows.qkvg + (row * columns.stride + columns.k + unit * 8));
         }
-    };
-    const auto ask_decays = [&](int event) {
-        const int last = event * D + rows.count(event) - 1;
         if (tid < D) {
             const int64_t at = j * a.n_rows + rows.first + min(event * D + tid, last);
             copy_small<sizeof(double)>(&s.c[team][tid], a.c + at);
@@ -130,10 +127,6 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
     if (has_rows(first + team)) {
         ask_keys(first + team);
         ask_queries(first + team, 0);
-    }
-    ts::cluster_sync(); // S^ is there, and what it was summed in is free
-    if (has_rows(first + team)) {
-        ask_decays(first + team);
         ask_values(first + team, values);
     }
     for (int event = first + team; event < end; event += kTeams) {
@@ -227,7 +220,6 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
                 ask_queries(next_event - kTeams, h + 1);
             } else if (goes_on) {
                 ask_keys(next_event);
-                ask_decays(next_event);
                 ask_queries(next_event, 0);
             }
             // Neighbouring lanes exchange words, so that each writes 8 bytes.
@@ -267,6 +259,7 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
     asm volatile("" : "+l"(rows.qkvg)); // one pointer, to which 32 bits are added
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     sum_states<S>(a, s, head, (in_wave * n_kv + j) * a.list_stride, j, rows);
+    ts::cluster_sync();
     make_outputs(a, s, head, j, rows);
 #endif
 }

@@ -75,7 +75,7 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
         }
     } else {
         born = ~id;
-        if (born >= first + n)
+        if (n == 0 || born >= first + n) // with n, tiles up to there complete
             return out;
         const int64_t closed = group.first_closed + born, by_head = j * a.pieces.n_closed + closed;
         death = ts::death_at(a.tile_deaths, by_head);
