@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-// Of neighbouring tiles: what bounds their scores (tile_select.cu).
+// Of neighbouring tiles: what bounds their scores (tile_choose.cu).
 typedef struct ts_cuda_range {
     double largest_key, end; // end: E of the newest of them
     int64_t newest;          // tile
