@@ -1,15 +1,17 @@
 // Eqs. (1) to (9) over a batch.
 //
-// Prefill: (1) tiles: features, decay and the states of the tiles that complete, every piece by itself; (2) rules:
-// which tile is held when; (3) select, in waves of bounded memory: S^ for every tile that follows a completed one; (4)
-// outputs; (5) store: the cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in
-// dense form, the recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
+// Prefill: (1) place: which slots the tiles that complete will have, where no budget makes that depend on their keys;
+// (2) tiles: features, decay and the states of those tiles, every piece by itself; (3) rules: which tile is held when;
+// (4) in waves of bounded memory, choose: what every tile that follows a completed one selects; and (5) groups: S^ and
+// outputs in one kernel, on Hopper at d 64; elsewhere sum and outputs, with S^ in device memory between; (6) store: the
+// cache as the spans leave it. No pass is sequential over tiles but the sum of decay and, in dense form, the
+// recurrence. Dense form in BF16 has a kernel of its own (attention_dense.h).
 //
 // Decode: one kernel appends and answers, and in dense form closes the tiles that are complete; in sparse form a second
 // kernel closes those.
 #include "kernels/cuda/attention.h"
 
-// Lists of one wave of selection (tile_select.cu): a prefill of any length takes no more, beyond one group's lists.
+// Lists of one wave of selection (tile_choose.cu): a prefill of any length takes no more, beyond one group's lists.
 #define LIST_BYTES ((size_t)320 << 20)
 enum { MOST_WAVE_GROUPS = 32768 }; // a grid's second dimension
 
@@ -24,30 +26,36 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     const size_t n_kv = (size_t)a->cache.n_kv_heads, d = (size_t)a->cache.head_dim;
     const size_t n_pieces = (size_t)a->pieces.n_pieces, n_closed = (size_t)a->pieces.n_closed * n_kv;
     const size_t n_rows = (size_t)a->n_rows * n_kv, n_spans = (size_t)a->pieces.n_spans * n_kv;
-    const bool is_sparse = a->cache.is_sparse, is_rounded = is_sparse && a->cache.slot_dtype == TS_FP8_E4M3;
+    const bool is_sparse = a->cache.is_sparse;
+    const bool in_groups = ts_cuda_attention_groups_apply(a),
+               places_first = is_sparse && a->cache.sparsity.cache_tiles == 0;
+    const size_t n_apart = a->all_in_slots ? 0 : n_closed;
+    const ts_dtype state_dtype = is_sparse ? a->cache.slot_dtype : TS_F32;
     const size_t n_slots = is_sparse ? n_spans * (size_t)a->held_stride : 0;
     const size_t n_held_ranges = is_sparse ? n_spans * (size_t)a->held_ranges_stride : 0;
     const size_t n_groups = is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
-    const size_t state_bytes = ts_dtype_bytes(is_rounded ? a->qkvg.dtype : is_sparse ? a->cache.slot_dtype : TS_F32);
     char *at = memory;
     a->c = carve(&at, n_rows * sizeof *a->c);
     a->gate = carve(&at, n_rows * sizeof *a->gate);
     a->query_sums = carve(&at, n_pieces * n_kv * d * sizeof *a->query_sums);
-    a->tile_states = carve(&at, n_closed * d * d * state_bytes);
+    a->tile_states = carve(&at, n_apart * d * d * ts_dtype_bytes(state_dtype));
+    a->tile_scales = carve(&at, state_dtype == TS_FP8_E4M3 ? n_apart * d * sizeof *a->tile_scales : 0);
     a->tile_masses = carve(&at, n_closed * d * sizeof *a->tile_masses);
     a->tile_decays = carve(&at, n_closed * sizeof *a->tile_decays);
     a->tile_sums = carve(&at, n_closed * sizeof *a->tile_sums);
     a->tile_ends = carve(&at, n_closed * sizeof *a->tile_ends);
-    a->next_states = carve(&at, n_closed * d * d * ts_dtype_bytes(a->qkvg.dtype));
-    a->next_masses = carve(&at, n_closed * d * sizeof *a->next_masses);
+    a->next_states = in_groups ? NULL : carve(&at, n_closed * d * d * ts_dtype_bytes(a->qkvg.dtype));
+    a->next_masses = in_groups ? NULL : carve(&at, n_closed * d * sizeof *a->next_masses);
     a->tile_keys = carve(&at, n_closed * sizeof *a->tile_keys);
-    a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);
-    a->tile_slots = carve(&at, n_closed * sizeof *a->tile_slots);
-    a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
-    a->holes = carve(&at, n_slots * sizeof *a->holes);
+    if (!a->all_in_slots) {
+        a->tile_deaths = carve(&at, n_closed * sizeof *a->tile_deaths);
+        a->tile_slots = carve(&at, n_closed * sizeof *a->tile_slots);
+        a->held_deaths = carve(&at, n_slots * sizeof *a->held_deaths);
+        a->holes = carve(&at, n_slots * sizeof *a->holes);
+        a->tile_places = places_first ? carve(&at, n_closed * sizeof *a->tile_places) : NULL;
+        a->held_after = carve(&at, n_spans * sizeof *a->held_after);
+    }
     a->joining_keys = carve(&at, (n_closed + n_spans * (size_t)a->n_lead) * sizeof *a->joining_keys);
-    a->stored_states = is_rounded ? carve(&at, n_closed * d * d) : a->tile_states;
-    a->stored_scales = is_rounded ? carve(&at, n_closed * d * sizeof *a->stored_scales) : NULL;
     a->held_ranges = carve(&at, n_held_ranges * sizeof *a->held_ranges);
     a->tile_ranges = carve(&at, n_groups * sizeof *a->tile_ranges);
     a->held_range_masses = carve(&at, n_held_ranges * d * sizeof *a->held_range_masses);
@@ -144,17 +152,26 @@ static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda
     ts_status status = TS_OK;
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     wave_place next = {0, 0};
+    bool in_groups;
     TS_TRY(prepare(device, batch, a));
+    TS_TRY(ts_cuda_tile_place(stream, a));
     TS_TRY(ts_cuda_attention_tiles(stream, a));
     TS_TRY(ts_cuda_tile_rules(stream, a));
-    if (a->cache.is_sparse) {
-        TS_TRY(ts_cuda_tile_round(stream, a));
-        a->first_group = a->n_wave_groups = 0;
-        while (next_wave(batch, &next, a))
-            TS_TRY(ts_cuda_tile_select(stream, a));
-    } else
-        TS_TRY(ts_cuda_tile_select(stream, a));
-    TS_TRY(ts_cuda_attention_outputs(stream, a));
+    in_groups = ts_cuda_attention_groups_apply(a);
+    if (in_groups) // before S^ of the cache is that of the last tile
+        TS_TRY(ts_cuda_attention_outputs(stream, a, true));
+    a->first_group = a->n_wave_groups = 0;
+    while (a->cache.is_sparse && next_wave(batch, &next, a)) {
+        TS_TRY(ts_cuda_tile_choose(stream, a));
+        if (in_groups)
+            TS_TRY(ts_cuda_attention_groups(stream, a));
+        else
+            TS_TRY(ts_cuda_tile_sum(stream, a));
+    }
+    if (!a->cache.is_sparse)
+        TS_TRY(ts_cuda_tile_sum(stream, a));
+    if (!in_groups)
+        TS_TRY(ts_cuda_attention_outputs(stream, a, false));
     TS_TRY(ts_cuda_tile_store(stream, a));
 done:
     return status;
@@ -185,6 +202,9 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
         .y = args->y,
         .decay_temperature = args->decay_temperature,
         .normalizer_eps = (float)args->normalizer_eps,
+        .capability = ts_cuda_device_of(device)->dense_plan.capability,
+        .all_in_slots =
+            args->cache->is_sparse && args->cache->sparsity.cache_tiles == 0 && args->cache->sparsity.prune_ratio == 0,
     };
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
     TS_CHECK(args->qkvg.dtype == args->y.dtype && is_aligned(&args->qkvg) && is_aligned(&args->y), TS_ERR_INVALID,

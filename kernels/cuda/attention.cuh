@@ -47,6 +47,15 @@ template <int n, int kTogether> struct fp8_row {
     }
 };
 
+__device__ __forceinline__ void load8(const float *p, float (&x)[8]) {
+    const float4 low = load4(p), high = load4(p + 4);
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+__device__ __forceinline__ void load8(const bf16 *p, float (&x)[8]) {
+    unpack(*(const uint4 *)p, x);
+}
+
 // Four states of a matrix of rows of D, from `index` on.
 template <typename S, int D>
 __device__ __forceinline__ float4 state4(const void *states, const float *scales, int64_t at, int index) {
@@ -67,7 +76,7 @@ __device__ __forceinline__ void unpack(const uint2 &raw, float scale, float (&x)
         x[i] = scale * from_fp8((__nv_fp8_storage_t)((i < 4 ? raw.x : raw.y) >> i % 4 * 8));
 }
 
-// The dtype in which the tiles pass leaves states: the slots', but for FP8, to which they are rounded afterwards.
+// The dtype in which a tile's state is staged: the slots', but for FP8, to which it is rounded from there.
 template <typename A, typename S> struct raw_state { using type = S; };
 template <typename A> struct raw_state<A, fp8> { using type = A; };
 
@@ -117,6 +126,19 @@ __device__ __forceinline__ int64_t head_of(const ts_cuda_attention &a, int32_t s
 // Index of a slot in the cache's per-page arrays.
 __device__ __forceinline__ int64_t page_of(const ts_cuda_attention &a, int32_t sequence, int j, int64_t slot) {
     return (int64_t)j * a.cache.n_pages + a.cache.page_table[sequence * a.cache.page_table_stride + slot];
+}
+
+// Where S_t of a tile that completes in the batch is made: page, or ~index in tile_states.
+__device__ __forceinline__ int64_t tile_place(const ts_cuda_attention &a, int32_t span, int32_t sequence,
+                                              int64_t closed, int j) {
+    if (a.all_in_slots)
+        return page_of(a, sequence, j, a.cache.n_held[head_of(a, sequence, j)] + closed - a.pieces.closed_begin[span]);
+    return a.tile_places ? a.tile_places[j * a.pieces.n_closed + closed] : ~(closed * a.cache.n_kv_heads + j);
+}
+
+// The event from which a tile is no longer held; INT32_MAX: it stays. NULL: all do.
+__device__ __forceinline__ int32_t death_at(const int32_t *deaths, int64_t at) {
+    return deaths ? deaths[at] : INT32_MAX;
 }
 
 // Tile of a span's event 0.

@@ -6,7 +6,7 @@
 // leaves. What is selected is then found among the slots alone, in their order. A thread scores a tile; the threads
 // together add up the selected states, each its share of the elements. Bound by reading z of the tiles held and the
 // states of those selected. A tile is not scored where its key shows that it cannot be selected nor change the sum of
-// scores (tile_select.cu has the same bound for prefill).
+// scores (tile_choose.cu has the same bound for prefill).
 #include "kernels/cuda/tile_state.cuh"
 
 namespace {
@@ -88,24 +88,6 @@ __device__ int dropped_slot(const ts_cuda_attention &a, int32_t sequence, int j,
     return worst.slot;
 }
 
-// The tile's state to its slot; FP8 in units of each row's largest magnitude, as tile_round.cu has it.
-template <typename A, typename S, int D>
-__device__ void store_state(const ts_cuda_attention &a, const typename ts::raw_state<A, S>::type *state, int64_t page) {
-    constexpr int kTogether = D / 4;
-    for (int i = 4 * (int)threadIdx.x; i < D * D; i += 4 * kThreads) {
-        const float4 x = ts::load4(state + i);
-        if constexpr (std::is_same<S, ts::fp8>::value) {
-            const float values[4] = {x.x, x.y, x.z, x.w};
-            const ts::fp8_row<4, kTogether> row(values);
-            *(uint32_t *)((ts::fp8 *)a.cache.slot_state + page * D * D + i) = row.bits(values, 0);
-            if (i % D == 0)
-                a.cache.slot_scale[page * D + i / D] = row.scale;
-        } else {
-            ts::store4((S *)a.cache.slot_state + page * D * D + i, x);
-        }
-    }
-}
-
 // r z of a tile.
 template <int D> __device__ float dot_of(const float *query, const float *mass) {
     float dot = 0;
@@ -162,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) close_kernel(const 
     const int slot = dropped >= 0 ? dropped : n_before, n_held = dropped >= 0 ? n_before : n_before + 1;
     if (stays) {
         const int64_t page = ts::page_of(a, span.sequence, j, slot);
-        store_state<A, S, D>(a, state, page);
+        ts::store_state<S, D, kThreads>(state, D, a.cache.slot_state, a.cache.slot_scale, page);
         if (tid < D)
             a.cache.slot_mass[page * D + tid] = mass;
         if (tid == 0) {

@@ -16,20 +16,22 @@ template <int D> constexpr int shared_bytes() {
 }
 
 template <typename A, int D>
-__global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant__ ts_cuda_attention a) {
+__global__ void __launch_bounds__(kThreads)
+    outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
     extern __shared__ float4 stage[];
     constexpr int L = D + kPad, P = kRows + kPad, C = D / 16; // C: output columns of a thread
     float *queries = (float *)stage, *staged = queries + kRows * L, *weights = staged + kRows * L;
     __shared__ double c_of[128];
     __shared__ float masses[D];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
-    const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
+    const int64_t number = only_first ? a.pieces.begin[blockIdx.x] : blockIdx.x;
+    const ts_cuda_piece piece = a.pieces.at[number];
     const int64_t head = ts::head_of(a, piece.sequence, j);
     const ts::tile_keys<A, D> tile(a, piece, j);
     const A *state = (const A *)a.cache.state + head * D * D;
     const float *mass = a.cache.mass + head * D;
     if (!piece.begins_span) {
-        const int64_t at = a.pieces.at[blockIdx.x - 1].closed * n_kv + j;
+        const int64_t at = a.pieces.at[number - 1].closed * n_kv + j;
         state = (const A *)a.next_states + at * D * D;
         mass = a.next_masses + at * D;
     }
@@ -166,7 +168,7 @@ template <int D> constexpr int matrix_shared_bytes() {
 
 template <int D>
 __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
-    matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a) {
+    matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
     extern __shared__ float4 stage[];
     constexpr int kMatrixThreads = kMatrixThreadsOf<D>, L = D + 8, kSteps = D / 16, kColumns = 64;
     constexpr int kVectors = D / 8, kVectorRows = kMatrixThreads / kVectors, kItems = kRows / kVectorRows;
@@ -176,7 +178,8 @@ __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
     __shared__ float masses[D];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32 % 4, begin = tid / 128 * kColumns;
     const int j = blockIdx.y, n_kv = a.cache.n_kv_heads;
-    const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
+    const int64_t number = only_first ? a.pieces.begin[blockIdx.x] : blockIdx.x;
+    const ts_cuda_piece piece = a.pieces.at[number];
     const int64_t head = ts::head_of(a, piece.sequence, j);
     const ts::tile_keys<ts::bf16, D> tile(a, piece, j);
     const int n_keys = piece.first + piece.n_tokens, group = a.cache.n_heads / n_kv;
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
     const ts::bf16 *state = (const ts::bf16 *)a.cache.state + head * D * D;
     const float *mass = a.cache.mass + head * D;
     if (!piece.begins_span) {
-        const int64_t at = a.pieces.at[blockIdx.x - 1].closed * n_kv + j;
+        const int64_t at = a.pieces.at[number - 1].closed * n_kv + j;
         state = (const ts::bf16 *)a.next_states + at * D * D;
         mass = a.next_masses + at * D;
     }
@@ -340,27 +343,29 @@ __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
         }
 }
 
-template <int D> void launch_f32(cudaStream_t stream, const ts_cuda_attention *a) {
-    const dim3 grid((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads);
+template <int D> void launch_f32(cudaStream_t stream, const ts_cuda_attention *a, bool only_first) {
+    const int64_t n = only_first ? a->pieces.n_spans : a->pieces.n_pieces;
+    const dim3 grid((unsigned)n, (unsigned)a->cache.n_kv_heads);
     (void)cudaFuncSetAttribute(outputs_kernel<float, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared_bytes<D>());
-    outputs_kernel<float, D><<<grid, kThreads, shared_bytes<D>(), stream>>>(*a);
+    outputs_kernel<float, D><<<grid, kThreads, shared_bytes<D>(), stream>>>(*a, only_first);
 }
 
-template <int D> void launch_bf16(cudaStream_t stream, const ts_cuda_attention *a) {
-    const dim3 grid((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads);
+template <int D> void launch_bf16(cudaStream_t stream, const ts_cuda_attention *a, bool only_first) {
+    const int64_t n = only_first ? a->pieces.n_spans : a->pieces.n_pieces;
+    const dim3 grid((unsigned)n, (unsigned)a->cache.n_kv_heads);
     (void)cudaFuncSetAttribute(matrix_outputs_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                matrix_shared_bytes<D>());
-    matrix_outputs_kernel<D><<<grid, kMatrixThreadsOf<D>, matrix_shared_bytes<D>(), stream>>>(*a);
+    matrix_outputs_kernel<D><<<grid, kMatrixThreadsOf<D>, matrix_shared_bytes<D>(), stream>>>(*a, only_first);
 }
 
 } // namespace
 
-ts_status ts_cuda_attention_outputs(cudaStream_t stream, const ts_cuda_attention *a) {
+ts_status ts_cuda_attention_outputs(cudaStream_t stream, const ts_cuda_attention *a, bool only_first) {
     const bool d64 = a->cache.head_dim == 64;
     if (a->qkvg.dtype == TS_F32)
-        d64 ? launch_f32<64>(stream, a) : launch_f32<128>(stream, a);
+        d64 ? launch_f32<64>(stream, a, only_first) : launch_f32<128>(stream, a, only_first);
     else
-        d64 ? launch_bf16<64>(stream, a) : launch_bf16<128>(stream, a);
+        d64 ? launch_bf16<64>(stream, a, only_first) : launch_bf16<128>(stream, a, only_first);
     return ts_cuda_status(cudaGetLastError(), "attention: outputs");
 }

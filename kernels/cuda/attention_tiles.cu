@@ -9,7 +9,7 @@ namespace {
 
 using ts::kChunk, ts::kThreads;
 
-constexpr int kMaxTile = 128;
+constexpr int kMaxTile = 128, kWarps = kThreads / 32;
 
 // Inclusive sums over kMaxTile threads; the rest pass through.
 __device__ double scan_tile(double x, double *totals) {
@@ -28,18 +28,48 @@ __device__ double scan_tile(double x, double *totals) {
     return x;
 }
 
+// Rows of a state staged in shared memory.
+template <typename W, int D> constexpr int kStatePitch = D + 16 / (int)sizeof(W);
+
+// Adds up over the lanes that hold the same columns; the first of them write the warp's share of [kWarps, D].
+template <int D> __device__ void share_columns(float (&x)[8], float *shares) {
+    constexpr int kVectors = D / 8;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = kVectors; step < 32; step *= 2)
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            x[e] += __shfl_xor_sync(~0u, x[e], step);
+    if (lane < kVectors) {
+        float *to = shares + threadIdx.x / 32 * D + 8 * lane;
+        ts::store4(to, make_float4(x[0], x[1], x[2], x[3]));
+        ts::store4(to + 4, make_float4(x[4], x[5], x[6], x[7]));
+    }
+}
+
+template <int D> __device__ float column_sum(const float *shares, int column) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; i++)
+        sum += shares[i * D + column];
+    return sum;
+}
+
 // A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
 // before the first is needed, and nothing is read twice.
 template <typename S, int D>
-__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage, double *c_of,
-                           float *gate_of, double *totals) {
+__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage,
+                           float *scale_of, double *totals) {
+    using W = typename ts::raw_state<ts::bf16, S>::type;
     constexpr int L = D + 8, kVectors = D / 8, kRows = kThreads / kVectors, kItems = kChunk / kRows;
-    constexpr int kSplit = kThreads / 32 / (D / 16), kColumns = D / kSplit;
+    constexpr int kSplit = kWarps / (D / 16), kColumns = D / kSplit, kPitch = kStatePitch<W, D>;
+    static_assert(kThreads >= 2 * D, "one thread for each column of two sums");
     ts::bf16 *keys = (ts::bf16 *)stage, *values = keys + kChunk * L;
-    float *query_shares = (float *)(values + kChunk * L), *mass_shares = query_shares + kRows * D; // [kRows, D] each
+    float *query_shares = (float *)(values + kChunk * L), *mass_shares = query_shares + kWarps * D;
+    W *staged = (W *)(mass_shares + kWarps * D);
     const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads, group = a.cache.n_heads / n_kv;
     const int r0 = tid / kVectors, column = tid % kVectors * 8;
-    const int64_t stride = a.qkvg.stride;
+    const int64_t stride = a.qkvg.stride, place = ts::tile_place(a, piece.span, piece.sequence, piece.closed, j);
     const ts::token_row<ts::bf16> first = ts::row_of<ts::bf16, D>(a, piece.row);
     uint4 raw_k[kItems], raw_v[kItems], raw_q[kItems];
 #pragma unroll
@@ -50,15 +80,16 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
         raw_q[i] = ts::load_raw(first.q + at + j * (group - 1) * D);
     }
     double decay = 0;
+    float gate = 0;
     if (tid < kChunk) {
         decay = ts::log_decay(first.decay_gate + tid * stride + j, a.decay_temperature);
-        gate_of[tid] = ts::key_gate(first.key_gate + tid * stride + j);
+        gate = ts::key_gate(first.key_gate + tid * stride + j);
     }
-    const double c = scan_tile(decay, totals);
+    const double c = scan_tile(decay, totals), c_last = totals[0] + totals[1];
     if (tid < kChunk) {
-        c_of[tid] = c;
+        scale_of[tid] = gate * ts::reach_of(c_last - c);
         a.c[j * a.n_rows + piece.row + tid] = c;
-        a.gate[j * a.n_rows + piece.row + tid] = gate_of[tid];
+        a.gate[j * a.n_rows + piece.row + tid] = gate;
     }
     float sums[8] = {};
 #pragma unroll
@@ -75,15 +106,13 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
                 sums[e] += ts::elu1_fast(x[e]);
         }
     }
-    ts::store4(query_shares + r0 * D + column, make_float4(sums[0], sums[1], sums[2], sums[3]));
-    ts::store4(query_shares + r0 * D + column + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
+    share_columns<D>(sums, query_shares);
     __syncthreads();
-    const double c_last = c_of[kChunk - 1];
     float masses[8] = {};
 #pragma unroll
     for (int i = 0; i < kItems; i++) {
         const int m = r0 + i * kRows;
-        const float scale = gate_of[m] * ts::reach_of(c_last - c_of[m]);
+        const float scale = scale_of[m];
         float x[8];
         ts::unpack(raw_k[i], x);
 #pragma unroll
@@ -94,9 +123,21 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
         ts::store_packed(keys + m * L + column, x);
         *(uint4 *)(values + m * L + column) = raw_v[i];
     }
-    ts::store4(mass_shares + r0 * D + column, make_float4(masses[0], masses[1], masses[2], masses[3]));
-    ts::store4(mass_shares + r0 * D + column + 4, make_float4(masses[4], masses[5], masses[6], masses[7]));
+    share_columns<D>(masses, mass_shares);
     __syncthreads();
+    const int64_t at = piece.closed * n_kv + j;
+    if (tid < D) {
+        const float mass = column_sum<D>(mass_shares, tid);
+        a.tile_masses[at * D + tid] = mass;
+        if (place >= 0)
+            a.cache.slot_mass[place * D + tid] = mass;
+        const double share = ts::warp_sum((double)mass);
+        if (tid % 32 == 0)
+            totals[tid / 32] = share;
+    } else if (tid < 2 * D) {
+        a.query_sums[((int64_t)blockIdx.x * n_kv + j) * D + tid - D] =
+            column_sum<D>(query_shares, tid - D) / (float)(kChunk * group);
+    }
     const int lane = tid % 32, row = tid / 32 % (D / 16) * 16, begin = tid / 32 / (D / 16) * kColumns;
     float acc[kColumns / 8][4] = {};
 #pragma unroll
@@ -111,25 +152,21 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
             ts::multiply_add(acc[2 * n + 1], k, v[2], v[3]);
         }
     }
-    const int64_t at = piece.closed * n_kv + j;
-    S *state = (S *)a.tile_states + at * D * D + (row + lane / 4) * D + begin + lane % 4 * 2;
+    W *to = staged + (row + lane / 4) * kPitch + begin + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n++) {
-        ts::store2(state + 8 * n, acc[n][0], acc[n][1]);
-        ts::store2(state + 8 * D + 8 * n, acc[n][2], acc[n][3]);
+        ts::store2(to + 8 * n, acc[n][0], acc[n][1]);
+        ts::store2(to + 8 * kPitch + 8 * n, acc[n][2], acc[n][3]);
     }
-    float query = 0, mass = 0;
-    if (tid < D) {
-#pragma unroll 8
-        for (int i = 0; i < kRows; i++) {
-            query += query_shares[i * D + tid];
-            mass += mass_shares[i * D + tid];
-        }
-        a.query_sums[((int64_t)blockIdx.x * n_kv + j) * D + tid] = query / (float)(kChunk * group);
-        a.tile_masses[at * D + tid] = mass;
-    }
-    const double sum = ts::block_sum((double)mass, totals);
+    __syncthreads();
+    if (place >= 0)
+        ts::store_state<S, D, kThreads>(staged, kPitch, a.cache.slot_state, a.cache.slot_scale, place);
+    else
+        ts::store_state<S, D, kThreads>(staged, kPitch, a.tile_states, a.tile_scales, ~place);
     if (tid == 0) {
+        double sum = 0;
+        for (int i = 0; i < D / 32; i++)
+            sum += totals[i];
         a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
         a.tile_decays[j * a.pieces.n_closed + piece.closed] = c_last;
     }
@@ -149,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     const bool closes = piece.closed >= 0;
     if constexpr (kMatrix)
         if (T == kChunk && piece.n_tokens == kChunk) {
-            whole_tile<S, D>(a, piece, j, stage, c_of, gate_of, totals);
+            whole_tile<S, D>(a, piece, j, stage, reach_of, totals);
             return;
         }
     const float mean = closes ? 1.0f / (float)(T * group) : 1.0f;
@@ -210,15 +247,24 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     const double c_last = tile.c[T - 1];
     if (tid < T)
         reach_of[tid] = ts::reach_of(c_last - tile.c[tid]);
-    const int64_t at = piece.closed * n_kv + j;
-    S *state = (S *)a.tile_states + at * D * D;
+    const int64_t at = piece.closed * n_kv + j, place = ts::tile_place(a, piece.span, piece.sequence, piece.closed, j);
+    using W = typename ts::raw_state<A, S>::type;
+    constexpr int kPitch = kStatePitch<W, D>;
+    W *staged = (W *)((char *)stage + ts::kStateStage<A, D>);
     float4 mass4 = make_float4(0, 0, 0, 0);
     ts::tile_state<A, D, kThreads>(
         tile, T, reach_of, stage, &mass4, ts::from_zero(),
-        [&](int row, int column, float x, float y) { ts::store2(state + row * D + column, x, y); });
-    const float mass = ts::tile_mass<D, kThreads>(mass4, stage);
-    if (tid < D)
+        [&](int row, int column, float x, float y) { ts::store2(staged + row * kPitch + column, x, y); });
+    const float mass = ts::tile_mass<D, kThreads>(mass4, stage); // waits for all of the state
+    if (place >= 0)
+        ts::store_state<S, D, kThreads>(staged, kPitch, a.cache.slot_state, a.cache.slot_scale, place);
+    else
+        ts::store_state<S, D, kThreads>(staged, kPitch, a.tile_states, a.tile_scales, ~place);
+    if (tid < D) {
         a.tile_masses[at * D + tid] = mass;
+        if (place >= 0)
+            a.cache.slot_mass[place * D + tid] = mass;
+    }
     const double sum = ts::block_sum(tid < D ? (double)mass : 0.0, totals);
     if (tid == 0) {
         a.tile_sums[j * a.pieces.n_closed + piece.closed] = sum;
@@ -228,11 +274,10 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
 
 template <typename A, typename S, int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
     using W = typename ts::raw_state<A, S>::type;
-    const int of_f32 = ts::kStateStage<float, D>;
-    const int of_bf16 = 2 * kChunk * (D + 8) * (int)sizeof(ts::bf16) + 2 * kThreads * 8 * (int)sizeof(float);
-    const int bytes = std::is_same<A, float>::value ? of_f32 : of_bf16;
-    (void)cudaFuncSetAttribute(tiles_kernel<A, W, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    tiles_kernel<A, W, D>
+    const int of_keys = ts::kStateStage<A, D>, of_state = D * kStatePitch<W, D> * (int)sizeof(W);
+    const int bytes = of_keys + 2 * kWarps * D * (int)sizeof(float) + of_state;
+    (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    tiles_kernel<A, S, D>
         <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
 }
 

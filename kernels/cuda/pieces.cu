@@ -63,19 +63,19 @@ __global__ void pieces_kernel(const ts_span *spans, int T, ts_cuda_pieces out) {
     const int together = few ? kThreads : 32;
     for (int32_t s = (int32_t)threadIdx.x / together; s < out.n_spans; s += kThreads / together) {
         const ts_span span = spans[s];
-        const int64_t n = out.begin[s + 1] - out.begin[s];
+        const int64_t n = out.begin[s + 1] - out.begin[s], first_tile = span.position / T;
+        const int64_t all = span.position + span.n_tokens;
         for (int64_t i = threadIdx.x % together; i < n; i += together) {
-            const int64_t tile = span.position / T + i;
-            const int64_t from = i == 0 ? span.position : tile * T;
-            const int64_t all = span.position + span.n_tokens;
-            const int64_t to = (tile + 1) * T < all ? (tile + 1) * T : all;
-            const bool closes = to == (tile + 1) * T;
+            const int64_t tile = first_tile + i, begin = tile * T;
+            const int64_t from = i == 0 ? span.position : begin;
+            const int64_t to = begin + T < all ? begin + T : all;
+            const bool closes = to == begin + T;
             const int64_t closed = out.closed_begin[s] + i;
             ts_cuda_piece piece;
             piece.span = s;
             piece.sequence = span.sequence;
             piece.n_tokens = (int32_t)(to - from);
-            piece.first = (int32_t)(from % T);
+            piece.first = (int32_t)(from - begin);
             piece.row = span.row + from - span.position;
             piece.tile = tile;
             piece.closed = closes ? closed : -1;

@@ -1,32 +1,82 @@
 // Rule 1: how much a tile says in layer 0, and whether that is too little to keep it. Sums are f64 in one fixed order.
-#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/pieces.h"
+#include "kernels/cuda/warp_matrix.cuh"
 
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kSumThreads = 256;
+constexpr int kHeads = 4;        // of a block
+constexpr int kRowsAhead = 8;    // asked for together by a thread
+constexpr int kMostTokens = 128; // of a piece
+constexpr int kLeastLanes = 8;   // that have one row of a head
 
-// The sum of k^ over a piece and head. A tile that completes gets its importance; one that stays open leaves its sum
-// in open [n_spans, KV], since other blocks may still read the history's.
+// The sum of k^ over 16 bytes of a row. Rounded to f32 one by one, numbers of about the same size add up in f64 without
+// rounding, so tiles of the same tokens tie in whatever order they are summed.
+__device__ double key_sum(const uint4 &raw, float gate, const float *) {
+    double sum = 0;
+    for (uint32_t bits : {raw.x, raw.y, raw.z, raw.w})
+        sum += (double)(gate * ts::elu1(__uint_as_float(bits)));
+    return sum;
+}
+__device__ double key_sum(const uint4 &raw, float gate, const ts::bf16 *) {
+    float x[8];
+    double sum = 0;
+    ts::unpack(raw, x);
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        sum += (double)(gate * ts::elu1_fast(x[e]));
+    return sum;
+}
+
+// The sum of k^ over a piece, for kHeads heads: neighbouring threads have neighbouring 16 bytes of a row, then of the
+// next rows. A tile that completes gets its importance; one that stays open leaves its sum in open [n_spans, KV], since
+// other blocks may still read the history's. Bound by reading k.
 template <typename T>
-__global__ void importance_kernel(const T *qkvg, int64_t stride, int n_heads, int d, ts_tile_history history,
-                                  ts_cuda_pieces pieces, double *importance, double *open) {
-    __shared__ double parts[kThreads / 32];
+__global__ void __launch_bounds__(kSumThreads)
+    importance_kernel(const T *qkvg, int64_t stride, int n_heads, int d, ts_tile_history history, ts_cuda_pieces pieces,
+                      double *importance, double *open) {
+    constexpr int kVector = 16 / (int)sizeof(T);
+    __shared__ double sums[kSumThreads / kLeastLanes];
+    __shared__ float gates[kMostTokens][kHeads];
     const ts_cuda_piece piece = pieces.at[blockIdx.x];
     if (piece.sequence == TS_PADDING)
         return;
-    const int j = blockIdx.y, n_kv = history.n_kv_heads;
-    const int64_t k = (int64_t)(n_heads + j) * d, gate = (int64_t)(n_heads + 2 * n_kv) * d + j;
+    const int n_kv = history.n_kv_heads, j0 = blockIdx.y * kHeads, n_here = min(kHeads, n_kv - j0), tid = threadIdx.x;
+    const int lanes = d / kVector, together = lanes * kHeads; // threads of a row of one head, and of all
+    const int column = tid % together * kVector, head = column / d, row0 = tid / together,
+              rows = kSumThreads / together;
+    const T *first = qkvg + piece.row * stride, *k = first + (int64_t)(n_heads + j0) * d + column;
     double sum = 0;
-    for (int i = threadIdx.x / 32; i < piece.n_tokens; i += kThreads / 32) {
-        const T *row = qkvg + (piece.row + i) * stride;
-        const float g = ts::key_gate(row + gate);
-        for (int e = threadIdx.x % 32; e < d; e += 32)
-            sum += (double)(g * ts::elu1(ts::load(row + k + e)));
+    for (int i0 = row0; i0 < kMostTokens; i0 += kRowsAhead * rows) {
+        uint4 raw[kRowsAhead];
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; i++)
+            if (head < n_here && i0 + i * rows < piece.n_tokens)
+                raw[i] = __ldg((const uint4 *)(k + (i0 + i * rows) * stride));
+        if (i0 == row0) {
+            for (int i = tid; i < piece.n_tokens * kHeads; i += kSumThreads)
+                if (i % kHeads < n_here)
+                    gates[i / kHeads][i % kHeads] =
+                        ts::key_gate(first + i / kHeads * stride + (int64_t)(n_heads + 2 * n_kv) * d + j0 + i % kHeads);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; i++)
+            if (head < n_here && i0 + i * rows < piece.n_tokens)
+                sum += key_sum(raw[i], gates[i0 + i * rows][head], (const T *)NULL);
     }
-    sum = ts::block_sum(sum, parts);
-    if (threadIdx.x != 0)
+    for (int step = lanes / 2; step > 0; step /= 2)
+        sum += __shfl_xor_sync(~0u, sum, step);
+    if (tid % lanes == 0)
+        sums[tid / lanes] = sum;
+    __syncthreads();
+    if (tid >= n_here)
         return;
+    sum = 0;
+    for (int row = 0; row < rows; row++)
+        sum += sums[row * kHeads + tid];
+    const int j = j0 + tid;
     if (piece.begins_span)
         sum += history.open_mass[(int64_t)piece.sequence * n_kv + j];
     if (piece.closed >= 0)
@@ -84,17 +134,24 @@ ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_ar
     double *open;
     size_t n_bytes;
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "tile_importance: qkvg"));
+    TS_CHECK(
+        (args->head_dim == 64 || args->head_dim == 128) && history.tile_size <= kMostTokens &&
+            ((uintptr_t)args->qkvg.data | (size_t)args->qkvg.stride * ts_dtype_bytes(args->qkvg.dtype)) % 16 == 0,
+        TS_ERR_INVALID,
+        "cuda: tile_importance: heads of 64 or 128, tiles of up to %d tokens and rows that begin at multiples of 16 "
+        "bytes are allowed",
+        kMostTokens);
     ts_cuda_pieces_count(args->batch, history.tile_size, &pieces);
     n_bytes = ts_cuda_pieces_bytes(&pieces);
     TS_TRY(ts_cuda_device_scratch(device, n_bytes + (size_t)n_open * sizeof(double), &scratch));
     open = (double *)((char *)scratch + n_bytes);
     TS_TRY(ts_cuda_pieces_make(stream, args->batch, history.tile_size, scratch, &pieces));
     if (args->qkvg.dtype == TS_F32)
-        importance_kernel<<<dim3((unsigned)pieces.n_pieces, n_kv), kThreads, 0, stream>>>(
+        importance_kernel<<<dim3((unsigned)pieces.n_pieces, (n_kv + kHeads - 1) / kHeads), kSumThreads, 0, stream>>>(
             (const float *)args->qkvg.data, args->qkvg.stride, args->n_heads, args->head_dim, history, pieces,
             args->importance, open);
     else
-        importance_kernel<<<dim3((unsigned)pieces.n_pieces, n_kv), kThreads, 0, stream>>>(
+        importance_kernel<<<dim3((unsigned)pieces.n_pieces, (n_kv + kHeads - 1) / kHeads), kSumThreads, 0, stream>>>(
             (const ts::bf16 *)args->qkvg.data, args->qkvg.stride, args->n_heads, args->head_dim, history, pieces,
             args->importance, open);
     keep_open_kernel<<<(unsigned)((n_open + kThreads - 1) / kThreads), kThreads, 0, stream>>>(

@@ -146,6 +146,32 @@ __device__ __forceinline__ void tile_state(const tile_keys<A, D> &tile, int T, c
     }
 }
 
+// A state staged in shared memory, rows `pitch` apart, to the place it is kept in; FP8 in units of each row's largest
+// magnitude. What a call selects from its own tiles is so what a later call reads from their slots, and the chunk size
+// of a prefill does not matter (I2).
+template <typename S, int D, int kBlock, typename W>
+__device__ void store_state(const W *state, int pitch, void *states, float *scales, int64_t at) {
+    constexpr int kTogether = D / 8; // threads of a row
+#pragma unroll
+    for (int i = threadIdx.x; i < D * kTogether; i += kBlock) {
+        const int row = i / kTogether, column = i % kTogether * 8;
+        const W *from = state + row * pitch + column;
+        S *to = (S *)states + (at * D + row) * D + column;
+        if constexpr (std::is_same<S, fp8>::value) {
+            float x[8];
+            load8(from, x);
+            const fp8_row<8, kTogether> rounded(x);
+            *(uint2 *)to = make_uint2(rounded.bits(x, 0), rounded.bits(x, 4));
+            if (column == 0)
+                scales[at * D + row] = rounded.scale;
+        } else {
+#pragma unroll
+            for (int v = 0; v < 8 * (int)sizeof(S) / 16; v++)
+                ((uint4 *)to)[v] = ((const uint4 *)from)[v];
+        }
+    }
+}
+
 // z of feature threadIdx.x, where that is less than D, from what the threads have staged. `shares` [kBlock] may be what
 // the state was staged in.
 template <int D, int kBlock> __device__ float tile_mass(float4 staged, float4 *shares) {

@@ -8,6 +8,7 @@
 #define TS_CUDA_WARP_MATRIX_CUH
 
 #include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/matrix.cuh"
 
 namespace ts {
 
@@ -71,13 +72,6 @@ __device__ __forceinline__ void store_packed(bf16 *p, const float (&x)[8]) {
     *reinterpret_cast<uint4 *>(p) = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
-// 2^x to about two units in the last place of f32; 0 below -126.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 constexpr float kLog2E = 1.44269504088896341f;
 
 // Eq. (1), to f32 rounding of the exponent: for results that are rounded to BF16.
@@ -91,19 +85,11 @@ __device__ __forceinline__ void copy_async(void *to, const void *from) {
                  : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
 // The same; n_bytes of 16, zero after them.
 __device__ __forceinline__ void copy_async(void *to, const void *from, int n_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
                  "l"(from), "r"(n_bytes)
                  : "memory");
-}
-
-template <int kLeft> __device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 } // namespace ts
