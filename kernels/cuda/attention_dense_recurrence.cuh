@@ -13,23 +13,33 @@ constexpr int kWorkers = 3; // warpgroups of a block that have tiles
 constexpr int kWaveTiles = kClusterBlocks * kWorkers;
 constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
+constexpr int kSliceBytes = 8 * kPanelRowBytes + 8 * (int)sizeof(float); // of S_t and z_t, to one block
 constexpr int kPieceTiles = 2 * kWaveTiles;
 constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
-    float z[8];
     float log_decay; // of the tile, in powers of 2
     float decay;     // 2^log_decay
     float unused[2];
+    float z[8];
 };
 
-// Gates of a tile's tokens, eqs. (2), (3), (5).
+// Gates of a tile's tokens, eqs. (2), (3), (5), in powers of 2.
+//
+// The decay between two tokens is split between them: e^{c_n} goes into q^_n and e^{-c_m} into k^_m, so that a product
+// has it already; S_t then wants e^{c_last} once. Where a tile decays by more than 2^-kMostDecay, e^{-c_m} could leave
+// the range of numbers: such a tile has is_strong, and weights are decayed one by one.
 struct Gates {
-    float log_decay[64]; // c, in powers of 2
-    __nv_bfloat16 key_gate[64];
-    __nv_bfloat16 to_end[64]; // e^{c_last - c_m}
+    float log_decay[64]; // c
+    float log_key[64];   // of what k^ is multiplied by beside phi: the key gate and, unless is_strong, e^{-c_m}
+    float decay;         // e^{c_last}
+    float state_scale;   // what S_t, as it comes from those keys, is multiplied by
+    int is_strong;
+    int unused;
 };
+
+constexpr float kMostDecay = 64.0f;
 
 // 24 tiles or fewer of a piece. Tokens are counted from the first tile's first.
 struct Wave {
@@ -51,12 +61,24 @@ struct ClusterShared {
     WorkerShared worker[kWorkers];
     unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
     TileSlice inbox_slices[2][kWaveTiles];
-    TileSlice outbox[kWorkers][2][kClusterBlocks];
-    float mass[kWorkers][2][64]; // z^
+    uint32_t mass[kWorkers][2][32]; // z^ in bf16: pair p of features at mass_word(p)
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
-    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2]; // of even and of odd waves
+    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2], keys_full[kWorkers][2]; // of even and of
+                                                                                                      // odd waves
+    uint64_t queries_full[kWorkers];
 };
+
+// Where pair p of 32 is, so that a lane finds what it needs as fragments in neighbouring words.
+__device__ __forceinline__ int mass_word(int p) {
+    return p % 4 * 8 + p / 4;
+}
+
+// 16-byte unit of a row of S_t on its way, as the sender's lane holds it: columns 8 j + 2 (lane % 4) + {0, 1}, four j of
+// half `half`. Rows of a slice differ, so that neither side meets itself in a bank.
+__device__ __forceinline__ int inbox_unit(int row, int half, int lane) {
+    return ((4 * half + lane % 4) ^ row) * 16;
+}
 
 // A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
 struct ClusterWork {
@@ -102,8 +124,11 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                                                int n_clusters) {
     const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
-    const uint32_t unit_offset = ((column / 8) ^ local) << 4;
-    const uint32_t out_offset = row * kPanelRowBytes + unit_offset;
+    const uint32_t out_offset = row * kPanelRowBytes + (((column / 8) ^ local) << 4);
+    uint32_t in_offset[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        in_offset[i] = local * kPanelRowBytes + inbox_unit(local, column / 32, i) + column / 8 % 4 * 4;
     const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
     auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
     int stage = 0, parity = 0;
@@ -165,15 +190,13 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
             if (thread == 0) {
-                const int n_own = min(max(n - block * kWorkers, 0), kWorkers); // not sent
-                expect_bytes(inbox_full + 8 * stage,
-                             (n - n_own) * 8 * kPanelRowBytes + (kWaveTiles - kWorkers) * (int)sizeof(TileSlice));
+                expect_bytes(inbox_full + 8 * stage, n * kSliceBytes + kWaveTiles * 16);
             }
             wait_phase(inbox_full + 8 * stage, parity);
-            const uint32_t inbox = shared_address(shared.inbox[stage]) + local * kPanelRowBytes + unit_offset;
+            const uint32_t inbox = shared_address(shared.inbox[stage]);
             const TileSlice *slices = shared.inbox_slices[stage];
             const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
-                           out_mass = shared_address(&shared.mass[0][stage][row]),
+                           out_mass = shared_address(&shared.mass[0][stage][mass_word(row / 2)]),
                            full = shared_address(&shared.state_full[0][stage]);
 #pragma unroll 1
             for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
@@ -184,7 +207,9 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
 #pragma unroll
                 for (int u = 0; u < kWorkers; u++) {
                     const int t = to_block * kWorkers + u;
-                    own[u] = load_shared16(inbox + t * 8 * kPanelRowBytes);
+                    const uint32_t from = inbox + t * 8 * kPanelRowBytes;
+                    own[u] = make_uint4(load_shared4(from + in_offset[0]), load_shared4(from + in_offset[1]),
+                                        load_shared4(from + in_offset[2]), load_shared4(from + in_offset[3]));
                     own_z[u] = slices[t].z[local];
                     decay[u] = slices[t].decay;
                     log_decay[u] = slices[t].log_decay;
@@ -193,8 +218,9 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                 for (int u = 0; u < kWorkers; u++) {
                     const int t = to_block * kWorkers + u;
                     const uint32_t barrier = to_full + u * (uint32_t)sizeof(shared.state_full[0]);
-                    if (column == 0)
-                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), __float_as_uint(z), barrier);
+                    const float next_z = __shfl_down_sync(~0u, z, 8); // of the next row
+                    if (column == 0 && local % 2 == 0)
+                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z, next_z), barrier);
                     if (t < n) {
                         send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
                              pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);

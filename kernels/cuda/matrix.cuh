@@ -47,7 +47,7 @@ template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Ordinary shared-memory writes of this thread become visible to wgmma, after the next barrier.
+// Ordinary shared-memory writes of this thread become visible to wgmma and the copy engine, after the next barrier.
 __device__ __forceinline__ void publish_to_wgmma() {
 #if TS_HAS_WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -60,6 +60,12 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                  : "r"(from)
                  : "memory");
+    return r;
+}
+
+__device__ __forceinline__ uint32_t load_shared4(uint32_t from) {
+    uint32_t r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
     return r;
 }
 
@@ -133,6 +139,19 @@ __device__ __forceinline__ uint32_t feature_map(uint32_t pair) {
     __nv_bfloat162 below = __hmin2(x, zero), above = __hadd2(x, one);
     const uint32_t b = *reinterpret_cast<uint32_t *>(&below);
     uint32_t e = pack_bf16(exp2_fast(low_of(b) * log2_e), exp2_fast(high_of(b) * log2_e));
+    const __nv_bfloat162 r = __hmax2_nan(above, *reinterpret_cast<__nv_bfloat162 *>(&e));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
+// The same times 2^log_scale; scale is that number in bf16, twice.
+__device__ __forceinline__ uint32_t feature_map(uint32_t pair, float log_scale, uint32_t scale) {
+    constexpr float log2_e = 1.4426950408889634f;
+    const __nv_bfloat162 x = *reinterpret_cast<__nv_bfloat162 *>(&pair);
+    const __nv_bfloat162 zero = __nv_bfloat162{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};
+    const __nv_bfloat162 by = *reinterpret_cast<__nv_bfloat162 *>(&scale);
+    __nv_bfloat162 below = __hmin2(x, zero), above = __hfma2(x, by, by);
+    const uint32_t b = *reinterpret_cast<uint32_t *>(&below);
+    uint32_t e = pack_bf16(exp2_fast(low_of(b) * log2_e + log_scale), exp2_fast(high_of(b) * log2_e + log_scale));
     const __nv_bfloat162 r = __hmax2_nan(above, *reinterpret_cast<__nv_bfloat162 *>(&e));
     return *reinterpret_cast<const uint32_t *>(&r);
 }
