@@ -147,7 +147,7 @@ static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     }
     const int64_t pairs = (int64_t)batch->n_spans * args->cache->n_kv_heads;
     l.n_items = (int)((most + kPieceTiles - 1) / kPieceTiles * pairs);
-    l.counters_bytes = (size_t)(pairs * kClusterBlocks) * sizeof(int);
+    l.counters_bytes = (size_t)(pairs * kClusterBlocks * kCarriers) * sizeof(int);
     l.carry = aligned(l.counters_bytes);
     l.n_bytes = l.carry + (size_t)pairs * kCarryFloats * sizeof(float);
     return l;

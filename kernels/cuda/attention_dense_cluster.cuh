@@ -510,8 +510,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
         if (warp < 2)
-            run_recurrence(a, shared, block, cluster, n_clusters);
+            run_recurrence(a, shared, warp, block, cluster, n_clusters);
         else if (warp == 2)
+            run_masses(a, shared, block, cluster, n_clusters);
+        else
             run_planner(a, shared, block, cluster, n_clusters);
     }
     cluster_sync();

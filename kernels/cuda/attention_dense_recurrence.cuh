@@ -16,6 +16,7 @@ constexpr int kTileBytes = 64 * kPanelRowBytes;
 constexpr int kSliceBytes = 8 * kPanelRowBytes + 8 * (int)sizeof(float); // of S_t and z_t, to one block
 constexpr int kPieceTiles = 2 * kWaveTiles;
 constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
+constexpr int kCarriers = 3;                   // warps of a block that carry a part of it
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
@@ -119,143 +120,240 @@ __device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, i
     }
 }
 
-// Two warps: rows 8 block ... of the running state; a thread has 8 columns of one row.
-__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
-                                               int n_clusters) {
-    const int thread = threadIdx.x % 128, local = thread / 8, row = 8 * block + local, column = thread % 8 * 8;
+// A warp takes over what the same warp of another cluster left for the next piece.
+__device__ __forceinline__ void wait_piece(const int *pieces_done, int piece) {
+    int done;
+    do
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(done) : "l"(pieces_done) : "memory");
+    while (done < piece);
+}
+
+__device__ __forceinline__ void tell_piece(int *pieces_done, int piece) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0)
+        asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(pieces_done), "r"(piece + 1) : "memory");
+}
+
+// Tokens of the open tile before the span: log of the decay up to the span's first token.
+__device__ __forceinline__ double open_decay(const DenseArgs &a, const ClusterWork &w) {
+    return a.open_c[w.cache * 64 + w.begin - 1];
+}
+
+__device__ __forceinline__ float open_key(const DenseArgs &a, const ClusterWork &w, double log_sum, int token, int row) {
+    const int64_t at = w.cache * 64 + token;
+    return (float)exp(log_sum - a.open_c[at]) * open_feature(a.open_k[at * 64 + row], a.open_gate[at]);
+}
+
+// The tile before which the state is the one that the span leaves in the cache; -1 where it leaves none.
+__device__ __forceinline__ int closing_tile(const ClusterWork &w) {
+    const int open_tile = (int)(w.end / 64);
+    return open_tile > 0 ? open_tile : -1;
+}
+
+// One of two warps: rows 8 block + 4 warp ... of the running state; a lane has 8 columns of one row.
+__device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int warp, int block,
+                                               int cluster, int n_clusters) {
+    const int lane = threadIdx.x & 31, local = 4 * warp + lane / 8, row = 8 * block + local, column = lane % 8 * 8;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
     const uint32_t out_offset = row * kPanelRowBytes + (((column / 8) ^ local) << 4);
     uint32_t in_offset[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
         in_offset[i] = local * kPanelRowBytes + inbox_unit(local, column / 32, i) + column / 8 % 4 * 4;
-    const bool is_clerk = block == 0 && thread < 32; // keeps the sum of log decays
-    auto sync = [] { asm volatile("bar.sync %0, 64;" ::"n"(kWorkers + 1) : "memory"); };
     int stage = 0, parity = 0;
-    for (ClusterWork w = next_work(a, cluster, n_clusters); w.item >= 0;
-         w = next_work(a, w.item + n_clusters, n_clusters)) {
-        const int64_t at = w.cache;
-        const int64_t state = (at * 64 + row) * 64 + column;
-        float *carry = a.slots + (int64_t)w.pair * kCarryFloats;
-        double *carry_log = reinterpret_cast<double *>(carry + 64 * 64 + 64);
-        int *pieces_done = a.counters + w.pair * kClusterBlocks + block;
-        float s[8], z;
-        double log_sum = 0.0;
+    ClusterWork w = next_work(a, cluster, n_clusters), next = w;
+    for (; w.item >= 0; w = next) {
+        const int64_t state = (w.cache * 64 + row) * 64 + column;
+        float *carry = a.slots + (int64_t)w.pair * kCarryFloats + row * 64 + column;
+        int *pieces_done = a.counters + (w.pair * kClusterBlocks + block) * kCarriers + warp;
+        float s[8];
         if (w.piece == 0) {
             load_split8(a.state, a.state_rest, state, s);
-            z = a.mass[at * 64 + row];
-            if (w.begin > 0) { // the tokens of the open tile before the span
-                const __nv_bfloat16 *open_k = a.open_k + at * 64 * 64 + row, *open_v = a.open_v + at * 64 * 64 + column;
-                const float *open_gate = a.open_gate + at * 64;
-                const double *open_c = a.open_c + at * 64;
-                log_sum = open_c[w.begin - 1];
+            if (w.begin > 0) {
+                const double log_sum = open_decay(a, w);
                 const float carried = (float)exp(log_sum);
 #pragma unroll
                 for (int e = 0; e < 8; e++)
                     s[e] *= carried;
-                z *= carried;
                 for (int m = 0; m < w.begin; m++) {
-                    const float k = (float)exp(log_sum - open_c[m]) * open_feature(open_k[m * 64], open_gate[m]);
+                    const float k = open_key(a, w, log_sum, m, row);
 #pragma unroll
                     for (int e = 0; e < 8; e++)
-                        s[e] += k * __bfloat162float(open_v[m * 64 + e]);
-                    z += k;
+                        s[e] += k * __bfloat162float(a.open_v[(w.cache * 64 + m) * 64 + column + e]);
                 }
-                log_sum *= 1.4426950408889634;
             }
         } else {
-            if (thread == 0) {
-                while (*reinterpret_cast<const volatile int *>(pieces_done) < w.piece)
-                    __nanosleep(20);
-                __threadfence();
-            }
-            sync();
-            const float4 *from = reinterpret_cast<const float4 *>(carry + row * 64 + column);
-            const float4 x = __ldcg(from), y = __ldcg(from + 1);
+            wait_piece(pieces_done, w.piece);
+            const float4 x = __ldcg((const float4 *)carry), y = __ldcg((const float4 *)carry + 1);
             s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
             s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
-            z = __ldcg(carry + 64 * 64 + row);
-            if (is_clerk)
-                log_sum = __ldcg(carry_log);
         }
-        const int open_tile = (int)(w.end / 64); // begins where the span's last complete tile ends
-        const int closing = open_tile > 0 ? open_tile : -1;
-        auto close = [&] {
-            store_split8(a.state, a.state_rest, state, s);
-            if (column == 0)
-                a.mass[at * 64 + row] = z;
-            if (is_clerk && thread == 0)
-                a.decay_end[at] += log_sum * 0.6931471805599453;
-        };
+        const int closing = closing_tile(w);
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
-            if (thread == 0) {
+            if (warp == 0 && lane == 0)
                 expect_bytes(inbox_full + 8 * stage, n * kSliceBytes + kWaveTiles * 16);
-            }
+            if (wave + kWaveTiles >= w.end_tile) // while there is time
+                next = next_work(a, w.item + n_clusters, n_clusters);
             wait_phase(inbox_full + 8 * stage, parity);
-            const uint32_t inbox = shared_address(shared.inbox[stage]);
-            const TileSlice *slices = shared.inbox_slices[stage];
-            const uint32_t out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
-                           out_mass = shared_address(&shared.mass[0][stage][mass_word(row / 2)]),
+            const uint32_t inbox = shared_address(shared.inbox[stage]),
+                           slices = shared_address(&shared.inbox_slices[stage][0].decay),
+                           out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
                            full = shared_address(&shared.state_full[0][stage]);
-#pragma unroll 1
-            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
-                const uint32_t to_state = in_block(out_state, to_block), to_mass = in_block(out_mass, to_block),
-                               to_full = in_block(full, to_block);
-                uint4 own[kWorkers];
-                float own_z[kWorkers], decay[kWorkers], log_decay[kWorkers];
+            // Of the tiles of one block.
+            struct Arrived {
+                uint32_t s[kWorkers][4];
+                float decay[kWorkers];
+            };
+            auto take = [&](Arrived &arrived, int tile) {
 #pragma unroll
                 for (int u = 0; u < kWorkers; u++) {
-                    const int t = to_block * kWorkers + u;
-                    const uint32_t from = inbox + t * 8 * kPanelRowBytes;
-                    own[u] = make_uint4(load_shared4(from + in_offset[0]), load_shared4(from + in_offset[1]),
-                                        load_shared4(from + in_offset[2]), load_shared4(from + in_offset[3]));
-                    own_z[u] = slices[t].z[local];
-                    decay[u] = slices[t].decay;
-                    log_decay[u] = slices[t].log_decay;
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        arrived.s[u][i] = load_shared4(inbox + (tile + u) * 8 * kPanelRowBytes + in_offset[i]);
+                    arrived.decay[u] = __uint_as_float(load_shared4(slices + (tile + u) * (int)sizeof(TileSlice)));
                 }
+            };
+            auto answer = [&](int to_block, int u) {
+                send(in_block(out_state, to_block) + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
+                     pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]),
+                     in_block(full, to_block) + u * (uint32_t)sizeof(shared.state_full[0]));
+            };
+            auto add = [&](const Arrived &arrived, int u) {
 #pragma unroll
-                for (int u = 0; u < kWorkers; u++) {
-                    const int t = to_block * kWorkers + u;
-                    const uint32_t barrier = to_full + u * (uint32_t)sizeof(shared.state_full[0]);
-                    const float next_z = __shfl_down_sync(~0u, z, 8); // of the next row
-                    if (column == 0 && local % 2 == 0)
-                        send(to_mass + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z, next_z), barrier);
-                    if (t < n) {
-                        send(to_state + u * (uint32_t)sizeof(WorkerShared), pack_bf16(s[0], s[1]),
-                             pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]), barrier);
-                        if (wave + t == closing)
-                            close();
-                        s[0] = decay[u] * s[0] + low_of(own[u].x);
-                        s[1] = decay[u] * s[1] + high_of(own[u].x);
-                        s[2] = decay[u] * s[2] + low_of(own[u].y);
-                        s[3] = decay[u] * s[3] + high_of(own[u].y);
-                        s[4] = decay[u] * s[4] + low_of(own[u].z);
-                        s[5] = decay[u] * s[5] + high_of(own[u].z);
-                        s[6] = decay[u] * s[6] + low_of(own[u].w);
-                        s[7] = decay[u] * s[7] + high_of(own[u].w);
-                        z = decay[u] * z + own_z[u];
-                        if (is_clerk)
-                            log_sum += log_decay[u];
+                for (int i = 0; i < 4; i++) {
+                    s[2 * i] = arrived.decay[u] * s[2 * i] + low_of(arrived.s[u][i]);
+                    s[2 * i + 1] = arrived.decay[u] * s[2 * i + 1] + high_of(arrived.s[u][i]);
+                }
+            };
+            Arrived some, others;
+            take(some, 0);
+            if (n == kWaveTiles && (closing < wave || closing >= wave + kWaveTiles)) {
+#pragma unroll 1
+                for (int to_block = 0; to_block < kClusterBlocks; to_block += 2) {
+                    take(others, (to_block + 1) * kWorkers);
+#pragma unroll
+                    for (int u = 0; u < kWorkers; u++) {
+                        answer(to_block, u);
+                        add(some, u);
+                    }
+                    if (to_block + 2 < kClusterBlocks)
+                        take(some, (to_block + 2) * kWorkers);
+#pragma unroll
+                    for (int u = 0; u < kWorkers; u++) {
+                        answer(to_block + 1, u);
+                        add(others, u);
+                    }
+                }
+            } else {
+#pragma unroll 1
+                for (int t = 0; t < n; t += kWorkers) {
+                    take(some, t);
+#pragma unroll
+                    for (int u = 0; u < kWorkers; u++) {
+                        if (t + u < n) {
+                            answer(t / kWorkers, u);
+                            if (wave + t + u == closing)
+                                store_split8(a.state, a.state_rest, state, s);
+                            add(some, u);
+                        }
                     }
                 }
             }
         }
-        if (w.end_tile * (int64_t)64 >= w.end) {
-            if (open_tile == w.end_tile)
-                close();
+        if (w.end_tile * (int64_t)64 < w.end) {
+            __stcg((float4 *)carry, make_float4(s[0], s[1], s[2], s[3]));
+            __stcg((float4 *)carry + 1, make_float4(s[4], s[5], s[6], s[7]));
+            tell_piece(pieces_done, w.piece);
+        } else if (closing == w.end_tile) {
+            store_split8(a.state, a.state_rest, state, s);
+        }
+    }
+}
+
+// One warp: z of the block's 8 features, two in each of its first four lanes, and the sum of log decays.
+__device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
+                                           int n_clusters) {
+    const int lane = threadIdx.x & 31, pair = lane % 4, row = 8 * block + 2 * pair;
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    int stage = 0, parity = 0;
+    ClusterWork w = next_work(a, cluster, n_clusters), next = w;
+    for (; w.item >= 0; w = next) {
+        float *mass = a.mass + w.cache * 64 + row;
+        float *carry = a.slots + (int64_t)w.pair * kCarryFloats + 64 * 64;
+        double *carry_log = (double *)(carry + 64);
+        int *pieces_done = a.counters + (w.pair * kClusterBlocks + block) * kCarriers + kCarriers - 1;
+        float z[2];
+        double log_sum = 0.0;
+        if (w.piece == 0) {
+            z[0] = mass[0], z[1] = mass[1];
+            if (w.begin > 0) {
+                log_sum = open_decay(a, w);
+                const float carried = (float)exp(log_sum);
+                z[0] *= carried, z[1] *= carried;
+                for (int m = 0; m < w.begin; m++) {
+                    z[0] += open_key(a, w, log_sum, m, row);
+                    z[1] += open_key(a, w, log_sum, m, row + 1);
+                }
+                log_sum *= 1.4426950408889634;
+            }
         } else {
-            float4 *to = reinterpret_cast<float4 *>(carry + row * 64 + column);
-            __stcg(to, make_float4(s[0], s[1], s[2], s[3]));
-            __stcg(to + 1, make_float4(s[4], s[5], s[6], s[7]));
-            if (column == 0)
-                __stcg(carry + 64 * 64 + row, z);
-            if (is_clerk && thread == 0)
+            wait_piece(pieces_done, w.piece);
+            const float2 x = __ldcg((const float2 *)(carry + row));
+            z[0] = x.x, z[1] = x.y;
+            if (block == 0)
+                log_sum = __ldcg(carry_log);
+        }
+        const int closing = closing_tile(w);
+        auto close = [&] {
+            if (lane < 4)
+                mass[0] = z[0], mass[1] = z[1];
+            if (block == 0 && lane == 0)
+                a.decay_end[w.cache] += log_sum * 0.6931471805599453;
+        };
+        for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
+            const int n = min(kWaveTiles, w.end_tile - wave);
+            if (wave + kWaveTiles >= w.end_tile)
+                next = next_work(a, w.item + n_clusters, n_clusters);
+            wait_phase(inbox_full + 8 * stage, parity);
+            const TileSlice *slices = shared.inbox_slices[stage];
+            const uint32_t out_mass = shared_address(&shared.mass[0][stage][mass_word(row / 2)]),
+                           full = shared_address(&shared.state_full[0][stage]);
+#pragma unroll 2
+            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                float2 own[kWorkers];
+                float decay[kWorkers], log_decay[kWorkers];
+#pragma unroll
+                for (int u = 0; u < kWorkers; u++) {
+                    const TileSlice &slice = slices[to_block * kWorkers + u];
+                    own[u] = *(const float2 *)&slice.z[2 * pair];
+                    decay[u] = slice.decay, log_decay[u] = slice.log_decay;
+                }
+                const uint32_t to = in_block(out_mass, to_block), to_full = in_block(full, to_block);
+#pragma unroll
+                for (int u = 0; u < kWorkers; u++) {
+                    const int t = to_block * kWorkers + u;
+                    if (lane < 4)
+                        send(to + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z[0], z[1]),
+                             to_full + u * (uint32_t)sizeof(shared.state_full[0]));
+                    if (t < n) {
+                        if (wave + t == closing)
+                            close();
+                        z[0] = decay[u] * z[0] + own[u].x;
+                        z[1] = decay[u] * z[1] + own[u].y;
+                        log_sum += log_decay[u];
+                    }
+                }
+            }
+        }
+        if (w.end_tile * (int64_t)64 < w.end) {
+            if (lane < 4)
+                __stcg((float2 *)(carry + row), make_float2(z[0], z[1]));
+            if (block == 0 && lane == 0)
                 __stcg(carry_log, log_sum);
-            __threadfence();
-            sync();
-            if (thread == 0)
-                *reinterpret_cast<volatile int *>(pieces_done) = w.piece + 1;
+            tell_piece(pieces_done, w.piece);
+        } else if (closing == w.end_tile) {
+            close();
         }
     }
 }
