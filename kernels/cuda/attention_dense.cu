@@ -133,23 +133,26 @@ static void set_cluster_launch(ClusterLaunch *launch, int n_clusters, cudaStream
 }
 
 struct ClusterLayout {
-    int n_items;
-    size_t counters_bytes, carry, n_bytes;
+    int n_items, carry_rows;
+    size_t n_bytes;
 };
 
 static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     const ts_batch *batch = args->batch;
+    const int heads = args->cache->n_kv_heads;
     ClusterLayout l = {};
     int64_t most = 0;
     for (int i = 0; i < batch->n_spans; i++) {
         const int64_t n_tiles = (batch->spans[i].position % 64 + batch->spans[i].n_tokens + 63) / 64;
         most = n_tiles > most ? n_tiles : most;
     }
-    const int64_t pairs = (int64_t)batch->n_spans * args->cache->n_kv_heads;
-    l.n_items = (int)((most + kPieceTiles - 1) / kPieceTiles * pairs);
-    l.counters_bytes = (size_t)(pairs * kClusterBlocks * kCarriers) * sizeof(int);
-    l.carry = aligned(l.counters_bytes);
-    l.n_bytes = l.carry + (size_t)pairs * kCarryFloats * sizeof(float);
+    const int64_t n_pieces = (most + kPieceTiles - 1) / kPieceTiles;
+    l.n_items = (int)(n_pieces * batch->n_spans * heads);
+    if (n_pieces > 1) { // only a span of more than one piece needs a place, and those begin at least so many rows apart
+        const int64_t by_rows = batch->n_rows / kLeastCarried + 1;
+        l.carry_rows = by_rows < batch->n_spans ? kLeastCarried : 0;
+        l.n_bytes = (size_t)((l.carry_rows > 0 ? by_rows : batch->n_spans) * heads) * kCarryBytes;
+    }
     return l;
 }
 
@@ -161,14 +164,15 @@ static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, cons
     ClusterLaunch launch;
     ClusterMaps maps;
     a.n_items = l.n_items;
-    a.counters = (int *)workspace;
-    a.slots = (float *)(workspace + l.carry);
+    a.carry = (unsigned char *)workspace;
+    a.carry_rows = l.carry_rows;
     cudaError_t error =
         cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
              cudaGetErrorString(error));
-    error = cudaMemsetAsync(workspace, 0, l.counters_bytes, stream);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s",
+    if (l.n_bytes > 0)
+        error = cudaMemsetAsync(workspace, 0, l.n_bytes, stream);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its workspace could not be cleared: %s",
              cudaGetErrorString(error));
     TS_CHECK(tensor_map_create(&maps.qkv, plan->tensor_map_encode, a.qkvg, rows, (a.n_heads + 2 * a.n_kv_heads) * 64,
                                a.stride, 64) &&

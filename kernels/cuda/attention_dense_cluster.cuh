@@ -31,10 +31,6 @@ struct ClusterMaps {
     CUtensorMap y;   // boxes of a warp's 16 rows
 };
 
-__device__ __forceinline__ bool tile_is_full(const Wave &w, int rank) {
-    return rank * 64 >= w.begin && (rank + 1) * 64 <= w.end;
-}
-
 // The rows of 64 columns of a tile that is not the span's from end to end into a panel; the others become 0.
 __device__ __noinline__ void copy_part(const DenseArgs &a, const Wave &w, int rank, int column, uint32_t panel) {
     const int unit = threadIdx.x & 7;
@@ -104,9 +100,9 @@ __device__ __forceinline__ void store_gates(const DenseArgs &a, const GateLogits
 }
 
 // k becomes k^ in place, eq. (4), with its part of the decay.
-__device__ __forceinline__ void map_tile_keys(const Gates &gates, uint32_t k) {
-    const int thread = threadIdx.x % 128, row = thread / 8;
-    const uint32_t at = panel_unit(k, row, thread & 7);
+__device__ __forceinline__ void map_tile_keys(const Gates &gates, uint32_t k, int lane, int warp) {
+    const int row = 4 * warp + lane / 8;
+    const uint32_t at = panel_unit(k, row, lane & 7);
     uint4 x[4];
     float scale[4];
 #pragma unroll
@@ -127,13 +123,13 @@ __device__ __forceinline__ void map_tile_keys(const Gates &gates, uint32_t k) {
 }
 
 // Fragments of the keys that S_t is formed of, transposed.
-__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates &gates, uint32_t k) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+__device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates &gates, uint32_t k, int lane, int warp,
+                                               bool is_strong) {
     const int row = (lane & 7) + ((lane >> 4) << 3), unit = 2 * warp + ((lane >> 3) & 1);
 #pragma unroll
     for (int t = 0; t < 4; t++)
         load_matrices_transposed(fk[t], panel_unit(k, 16 * t + row, unit));
-    if (gates.is_strong) {
+    if (is_strong) {
         const float2 *c = reinterpret_cast<const float2 *>(gates.log_decay) + lane % 4;
         const float last = gates.log_decay[63];
 #pragma unroll
@@ -149,9 +145,8 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates
 }
 
 // What each worker, with a tile or without, tells every block beside its state: two lanes of each warp, a block each.
-__device__ __forceinline__ void send_decay(ClusterShared &shared, int worker, int stage, int block, float log_decay,
-                                           float decay) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
+__device__ __forceinline__ void send_decay(ClusterShared &shared, int lane, int warp, int worker, int stage, int block,
+                                           float log_decay, float decay) {
     if (lane < 2)
         send(in_block(shared_address(&shared.inbox_slices[stage][block * kWorkers + worker]), 2 * warp + lane),
              __float_as_uint(log_decay), __float_as_uint(decay), 0, 0,
@@ -159,9 +154,9 @@ __device__ __forceinline__ void send_decay(ClusterShared &shared, int worker, in
 }
 
 // The warp's 16 feature rows of S_t and z_t go to the two blocks that have them.
-__device__ __forceinline__ void send_rows(ClusterShared &shared, int worker, int stage, int block, const Accumulator &s,
-                                          const float (&z)[4], float scale) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, rank = block * kWorkers + worker, row = lane / 4;
+__device__ __forceinline__ void send_rows(ClusterShared &shared, int lane, int warp, int worker, int stage, int block,
+                                          const Accumulator &s, const float (&z)[4], float scale) {
+    const int rank = block * kWorkers + worker, row = lane / 4;
     const uint32_t inbox = shared_address(shared.inbox[stage][rank]) + row * kPanelRowBytes,
                    mass = shared_address(&shared.inbox_slices[stage][rank].z[row]),
                    full = shared_address(&shared.inbox_full[stage]);
@@ -182,34 +177,36 @@ __device__ __forceinline__ void send_rows(ClusterShared &shared, int worker, int
 }
 
 // Step 1 of a wave: k, already in shared memory, becomes k^, and S_t and z_t leave.
-__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int worker, int stage, const Gates &gates,
-                                                uint32_t k, uint32_t v, int block) {
-    map_tile_keys(gates, k);
+__device__ __forceinline__ void send_tile_state(ClusterShared &shared, int lane, int warp, int worker, int stage,
+                                                const Gates &gates, uint32_t k, uint32_t v, int block) {
+    const float log_decay = gates.log_decay[63], decay = gates.decay, scale = gates.state_scale;
+    const bool is_strong = gates.is_strong;
+    map_tile_keys(gates, k, lane, warp);
     publish_to_wgmma();
     worker_sync(worker);
     uint32_t fk[4][4];
-    float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float z[4];
     Accumulator s;
-    load_tile_keys(fk, gates, k);
+    load_tile_keys(fk, gates, k, lane, warp, is_strong);
     group_begin();
+    const uint64_t ones = column_descriptor(shared_address(shared.ones));
     const uint64_t values = panel_descriptor(v);
 #pragma unroll
-    for (int t = 0; t < 4; t++)
+    for (int t = 0; t < 4; t++) {
         group_product<1>(s, fk[t], panel_further(values, t * 2048), t > 0);
+        group_product_columns(z, fk[t], ones, t > 0);
+    }
     group_commit();
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-        mma(z, fk[t], kOnes, kOnes);
-    send_decay(shared, worker, stage, block, gates.log_decay[63], gates.decay);
-    const float scale = gates.state_scale;
+    send_decay(shared, lane, warp, worker, stage, block, log_decay, decay);
     group_wait<0>();
     group_hold(s);
-    send_rows(shared, worker, stage, block, s, z, scale);
+    group_hold(z);
+    send_rows(shared, lane, warp, worker, stage, block, s, z, scale);
 }
 
 // Fragments of the weights of a tile's own keys, which have their decay: those of later keys become 0.
-__device__ __forceinline__ void mask_weights(uint32_t (&f)[4][4], const Accumulator &weights) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4, row = lane / 4, column = 2 * (lane % 4);
+__device__ __forceinline__ void mask_weights(uint32_t (&f)[4][4], const Accumulator &weights, int lane, int warp) {
+    const int row = lane / 4, column = 2 * (lane % 4);
     const uint32_t diagonal = (column <= row ? 0xffffu : 0) | (column < row ? 0xffff0000u : 0);
 #pragma unroll
     for (int t = 0; t < 4; t++) {
@@ -225,7 +222,7 @@ __device__ __forceinline__ void mask_weights(uint32_t (&f)[4][4], const Accumula
 // The worker forms S of the next wave between the two halves of this wave's outputs, so that it need not wait for S^.
 __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps &maps, ClusterShared &shared,
                                            int worker, int block) {
-    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+    const int lane = lane_id(), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     const int heads = a.n_heads / a.n_kv_heads, rank = block * kWorkers + worker;
     WorkerShared &mine = shared.worker[worker];
     const uint32_t k_base = shared_address(mine.k[0]), v_base = shared_address(mine.v[0]), q = shared_address(mine.q);
@@ -235,72 +232,72 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                    keys_full = shared_address(&shared.keys_full[worker][0]),
                    queries_full = shared_address(&shared.queries_full[worker]);
     // A phase ends with every wave, with a tile or without. What is copied in part is waited for apart.
-    auto load_keys = [&](const Wave &w, int stage) {
+    const uint64_t ones = column_descriptor(shared_address(shared.ones));
+    const TileTask *tasks = shared.task[worker];
+    auto load_keys = [&](const TileTask &task, int wave) {
+        const int stage = wave % 2, column = (a.n_heads + task.head) * 64;
         const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes, full = keys_full + 8 * stage;
-        const int column = (a.n_heads + w.head) * 64;
-        const bool is_whole = rank < w.n_tiles && tile_is_full(w, rank);
         if (warp == 0 && elect()) {
-            expect_bytes(full, is_whole ? 2 * kTileBytes : 0);
-            if (is_whole) {
-                const int row = (int)w.row + rank * 64;
-                tensor_load(k, maps.qkv, column, row, full);
-                tensor_load(v, maps.qkv, column + a.n_kv_heads * 64, row, full);
+            expect_bytes(full, task.kind == kWholeTile ? 2 * kTileBytes : 0);
+            if (task.kind == kWholeTile) {
+                tensor_load(k, maps.qkv, column, task.row, full);
+                tensor_load(v, maps.qkv, column + a.n_kv_heads * 64, task.row, full);
             }
         }
-        if (rank < w.n_tiles && !is_whole) {
-            copy_part(a, w, rank, column, k);
-            copy_part(a, w, rank, column + a.n_kv_heads * 64, v);
+        if (task.kind == kPartTile) {
+            copy_part(a, shared.wave[wave % kWaveStages], rank, column, k);
+            copy_part(a, shared.wave[wave % kWaveStages], rank, column + a.n_kv_heads * 64, v);
         }
     };
-    auto load_queries = [&](const Wave &w, int i) {
-        const int column = (w.head * heads + i) * 64;
-        const bool is_whole = rank < w.n_tiles && tile_is_full(w, rank);
+    auto load_queries = [&](const TileTask &task, int wave, int i) {
+        const int column = (task.head * heads + i) * 64;
         if (warp == 0 && elect()) {
-            expect_bytes(queries_full, is_whole ? kTileBytes : 0);
-            if (is_whole)
-                tensor_load(q, maps.qkv, column, (int)w.row + rank * 64, queries_full);
+            expect_bytes(queries_full, task.kind == kWholeTile ? kTileBytes : 0);
+            if (task.kind == kWholeTile)
+                tensor_load(q, maps.qkv, column, task.row, queries_full);
         }
-        if (rank < w.n_tiles && !is_whole)
-            copy_part(a, w, rank, column, q);
+        if (task.kind == kPartTile)
+            copy_part(a, shared.wave[wave % kWaveStages], rank, column, q);
     };
-    auto begin_wave = [&](const Wave &w, const Gates &gates, int stage, int parity) {
-        if (w.n_tiles == 0)
+    auto begin_wave = [&](const TileTask &task, int wave, int parity) {
+        const int stage = wave % 2;
+        const bool is_active = task.kind >= kPartTile;
+        if (task.kind == kNoWave)
             return;
-        if (warp == 0 && lane == 0)
-            expect_bytes(state_full + 8 * stage,
-                         (rank < w.n_tiles ? kTileBytes : 0) + (uint32_t)sizeof(shared.mass[0][0]));
+        if (warp == 0 && elect())
+            expect_bytes(state_full + 8 * stage, (is_active ? kTileBytes : 0) + 64 * (uint32_t)sizeof(__nv_bfloat16));
         if (lane == 0)
             tensor_store_wait(); // S^ comes where y left
         __syncwarp();
-        if (rank < w.n_tiles) {
+        if (is_active) {
             wait_phase(keys_full + 8 * stage, parity);
-            copy_wait<0>();
-            send_tile_state(shared, worker, stage, gates, k_base + stage * kTileBytes, v_base + stage * kTileBytes,
-                            block);
+            if (task.kind == kPartTile)
+                copy_wait<0>();
+            send_tile_state(shared, lane, warp, worker, stage, shared.gates[worker][wave % kGateStages],
+                            k_base + stage * kTileBytes, v_base + stage * kTileBytes, block);
         } else {
-            send_decay(shared, worker, stage, block, 0.0f, 0.0f);
+            send_decay(shared, lane, warp, worker, stage, block, 0.0f, 0.0f);
         }
     };
     int stage = 0, wave = 0, parity = 0, next_parity = 0, queries_parity = 0;
     wait_phase(gates_full, 0);
-    load_keys(shared.wave[0], 0);
-    load_queries(shared.wave[0], 0);
-    load_keys(shared.wave[1], 1);
-    begin_wave(shared.wave[0], shared.gates[worker][0], 0, 0);
-    for (;; stage ^= 1, wave++) {
-        const Wave &w = shared.wave[wave % kWaveStages];
-        if (w.n_tiles == 0)
-            break;
-        const bool is_active = rank < w.n_tiles, is_full = tile_is_full(w, rank);
+    TileTask task = tasks[0], next = tasks[1];
+    load_keys(task, 0);
+    load_queries(task, 0, 0);
+    load_keys(next, 1);
+    begin_wave(task, 0, 0);
+    for (; task.kind != kNoWave; stage ^= 1, wave++) {
+        const bool is_active = task.kind >= kPartTile, is_whole = task.kind == kWholeTile;
         const Gates &gates = shared.gates[worker][wave % kGateStages];
         const uint32_t k = k_base + stage * kTileBytes, v = v_base + stage * kTileBytes,
                        state = state_base + stage * kTileBytes;
+        TileTask after;
         next_parity ^= stage;
         for (int i = 0; i < heads; i++) {
             const bool is_last = i + 1 == heads;
             uint32_t fq[4][4];
             Accumulator y;
-            float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float mass[4];
             if (is_active) {
                 const int n0 = 16 * warp + lane / 4;
                 const float c0 = gates.log_decay[n0], c1 = gates.log_decay[n0 + 8];
@@ -311,7 +308,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 const uint32_t scale0 = is_strong ? kOnes : decay0, scale1 = is_strong ? kOnes : decay1;
                 wait_phase(queries_full, queries_parity);
                 queries_parity ^= 1;
-                if (!is_full) {
+                if (!is_whole) {
                     copy_wait<0>();
                     worker_sync(worker);
                 }
@@ -336,7 +333,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 group_wait<0>();
                 group_hold(weights);
                 if (!is_strong) {
-                    mask_weights(fw, weights);
+                    mask_weights(fw, weights, lane, warp);
                 } else {
                     decay_weights(fw, weights, gates.log_decay, c0, c1);
 #pragma unroll
@@ -349,69 +346,70 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 }
                 group_begin();
 #pragma unroll
-                for (int t = 0; t < 4; t++)
+                for (int t = 0; t < 4; t++) {
                     group_product<1>(y, fw[t], panel_further(values, t * 2048), t > 0);
+                    group_product_columns(mass, fw[t], ones, t > 0);
+                }
                 group_commit();
-#pragma unroll
-                for (int t = 0; t < 4; t++)
-                    mma(mass, fw[t], kOnes, kOnes);
                 group_wait<0>();
                 group_hold(y);
+                group_hold(mass);
             } else if (is_last) {
                 queries_parity ^= 1;
             }
             if (is_last) {
                 worker_sync(worker); // k, v and q of this wave have been read
                 wait_phase(gates_full + 8 * (stage ^ 1), next_parity);
-                const Wave &next = shared.wave[(wave + 1) % kWaveStages];
-                load_queries(next, 0);
-                load_keys(shared.wave[(wave + 2) % kWaveStages], stage);
-                begin_wave(next, shared.gates[worker][(wave + 1) % kGateStages], stage ^ 1, next_parity);
+                after = tasks[(wave + 2) % kWaveStages];
+                load_queries(next, wave + 1, 0);
+                load_keys(after, wave + 2);
+                begin_wave(next, wave + 1, next_parity);
             }
             if (i == 0) {
                 wait_phase(state_full + 8 * stage, parity);
                 publish_to_wgmma();
             }
             if (is_active) {
-                const uint64_t states = panel_descriptor(state);
+                const uint64_t states = panel_descriptor(state),
+                               masses = column_descriptor(shared_address(shared.mass[worker][stage]));
                 group_begin();
 #pragma unroll
-                for (int t = 0; t < 4; t++)
+                for (int t = 0; t < 4; t++) {
+                    group_product_columns(mass, fq[t], panel_further(masses, t * 32), 1);
                     group_product<1>(y, fq[t], panel_further(states, t * 2048), 1);
+                }
                 group_commit();
-                const uint32_t at = shared_address(shared.mass[worker][stage]) + lane % 4 * 32;
-                const uint4 z0 = load_shared16(at), z1 = load_shared16(at + 16);
-                mma(mass, fq[0], z0.x, z0.y);
-                mma(mass, fq[1], z0.z, z0.w);
-                mma(mass, fq[2], z1.x, z1.y);
-                mma(mass, fq[3], z1.z, z1.w);
-                const float scale0 = __fdividef(1.0f, mass[0] + a.normalizer_eps),
-                            scale1 = __fdividef(1.0f, mass[2] + a.normalizer_eps);
                 group_wait<0>();
                 group_hold(y);
+                group_hold(mass);
+                // Of the eight columns, the first is z^'s.
+                const float mass0 = __shfl_sync(~0u, mass[0], lane & ~3), mass1 = __shfl_sync(~0u, mass[2], lane & ~3);
+                const float scale0 = __fdividef(1.0f, mass0 + a.normalizer_eps),
+                            scale1 = __fdividef(1.0f, mass1 + a.normalizer_eps);
                 // Through the warp's own rows of a panel: the state's after the last head, q's before it.
                 const uint32_t panel = is_last ? state : q;
-                const int column = (w.head * heads + i) * 64;
+                const int column = (task.head * heads + i) * 64;
                 worker_sync(worker);
                 store_accumulator(panel, 16 * warp, y, scale0, scale1);
                 publish_to_wgmma();
                 __syncwarp();
-                if (is_full) {
-                    if (elect())
-                        tensor_store(maps.y, column, (int)w.row + rank * 64 + 16 * warp,
-                                     panel + 16 * warp * kPanelRowBytes);
+                if (is_whole) {
+                    if (lane == 0)
+                        tensor_store(maps.y, column, task.row + 16 * warp, panel + 16 * warp * kPanelRowBytes);
                 } else {
-                    store_part(a, w, rank * 64 + 16 * warp, column, panel + 16 * warp * kPanelRowBytes);
+                    store_part(a, shared.wave[wave % kWaveStages], rank * 64 + 16 * warp, column,
+                               panel + 16 * warp * kPanelRowBytes);
                 }
                 if (!is_last) {
-                    if (elect())
+                    if (lane == 0)
                         tensor_store_wait();
                     worker_sync(worker);
-                    load_queries(w, i + 1);
+                    load_queries(task, wave, i + 1);
                 }
             }
         }
         parity ^= stage;
+        task = next, next = after;
     }
     tensor_store_wait();
 }
@@ -440,6 +438,13 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
         }
         if (lane == 0)
             shared.wave[n_told % kWaveStages] = wave;
+        if (lane < kWorkers) {
+            const int rank = block * kWorkers + lane;
+            const bool is_whole = rank * 64 >= wave.begin && (rank + 1) * 64 <= wave.end;
+            shared.task[lane][n_told % kWaveStages] = {
+                (int)wave.row + rank * 64, wave.head,
+                wave.n_tiles == 0 ? kNoWave : rank >= wave.n_tiles ? kNoTile : is_whole ? kWholeTile : kPartTile, 0};
+        }
         n_told++;
         __syncwarp();
     };
@@ -485,6 +490,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks,
               n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x < 64)
+        shared.ones[threadIdx.x] = kOnes;
+    publish_to_wgmma();
     if (threadIdx.x == 0) {
         auto begin = [](const uint64_t &barrier, int n_arrivals) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)

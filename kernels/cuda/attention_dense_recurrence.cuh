@@ -15,8 +15,8 @@ constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
 constexpr int kSliceBytes = 8 * kPanelRowBytes + 8 * (int)sizeof(float); // of S_t and z_t, to one block
 constexpr int kPieceTiles = 2 * kWaveTiles;
-constexpr int kCarryFloats = 64 * 64 + 64 + 4; // S, z, log of the decay as a double
-constexpr int kCarriers = 3;                   // warps of a block that carry a part of it
+constexpr int kCarryBytes = 64 * 64 * 8 + kClusterBlocks * 128; // of a pair, from piece to piece: S; z and log of the decay
+constexpr int kLeastCarried = kPieceTiles * 64 - 63;              // tokens of a span that is more than one piece
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
@@ -50,6 +50,15 @@ struct Wave {
     int begin, end; // the span's tokens
 };
 
+// What of a wave is a worker's.
+struct TileTask {
+    int row; // of its first token in the batch; what the span does not begin before it is negative or another's
+    int head;
+    int kind;
+    int unused;
+};
+enum { kNoWave, kNoTile, kPartTile, kWholeTile };
+
 constexpr int kGateStages = 3; // gates are written two waves ahead
 constexpr int kWaveStages = 8; // waves are told three ahead
 
@@ -62,18 +71,15 @@ struct ClusterShared {
     WorkerShared worker[kWorkers];
     unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
     TileSlice inbox_slices[2][kWaveTiles];
-    uint32_t mass[kWorkers][2][32]; // z^ in bf16: pair p of features at mass_word(p)
+    __nv_bfloat16 mass[kWorkers][2][128]; // z^; a product reads beyond its 64, and takes nothing from there
+    uint32_t ones[64];                    // bf16
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
+    TileTask task[kWorkers][kWaveStages];
     uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2], keys_full[kWorkers][2]; // of even and of
                                                                                                       // odd waves
     uint64_t queries_full[kWorkers];
 };
-
-// Where pair p of 32 is, so that a lane finds what it needs as fragments in neighbouring words.
-__device__ __forceinline__ int mass_word(int p) {
-    return p % 4 * 8 + p / 4;
-}
 
 // 16-byte unit of a row of S_t on its way, as the sender's lane holds it: columns 8 j + 2 (lane % 4) + {0, 1}, four j of
 // half `half`. Rows of a slice differ, so that neither side meets itself in a bank.
@@ -83,6 +89,7 @@ __device__ __forceinline__ int inbox_unit(int row, int half, int lane) {
 
 // A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
 struct ClusterWork {
+    unsigned char *carry; // where one piece leaves its state to the next
     int64_t row;   // of tile 0's first token in the batch; negative where the span begins inside the tile
     int64_t cache; // index of (sequence, KV head)
     int64_t end;   // token after the span's last, from tile 0's first
@@ -116,22 +123,30 @@ __device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, i
         w.row = span.row - w.begin;
         w.head = w.pair - index * a.n_kv_heads;
         w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
+        const int64_t slot = a.carry_rows > 0 ? span.row / a.carry_rows : index;
+        w.carry = a.carry + (slot * a.n_kv_heads + w.head) * kCarryBytes;
         return w;
     }
 }
 
-// A warp takes over what the same warp of another cluster left for the next piece.
-__device__ __forceinline__ void wait_piece(const int *pieces_done, int piece) {
-    int done;
-    do
-        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(done) : "l"(pieces_done) : "memory");
-    while (done < piece);
+// What a lane leaves for the same lane of another cluster, which takes the next piece: each number beside the piece that
+// it begins, in 8 bytes that are written as one. So nothing has to be waited for but the numbers themselves.
+__device__ __forceinline__ void leave(unsigned char *to, uint32_t x, uint32_t y, int piece) {
+    asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%1, %3};\nmov.b64 b, {%2, %3};\n"
+                 "st.relaxed.gpu.global.v2.b64 [%0], {a, b};\n}" ::"l"(to),
+                 "r"(x), "r"(y), "r"(piece)
+                 : "memory");
 }
 
-__device__ __forceinline__ void tell_piece(int *pieces_done, int piece) {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0)
-        asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(pieces_done), "r"(piece + 1) : "memory");
+__device__ __forceinline__ void take_over(const unsigned char *from, uint32_t &x, uint32_t &y, int piece) {
+    int of_x, of_y;
+    do
+        asm volatile("{\n.reg .b64 a, b;\nld.relaxed.gpu.global.v2.b64 {a, b}, [%4];\n"
+                     "mov.b64 {%0, %1}, a;\nmov.b64 {%2, %3}, b;\n}"
+                     : "=r"(x), "=r"(of_x), "=r"(y), "=r"(of_y)
+                     : "l"(from)
+                     : "memory");
+    while (of_x != piece || of_y != piece);
 }
 
 // Tokens of the open tile before the span: log of the decay up to the span's first token.
@@ -164,8 +179,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     ClusterWork w = next_work(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
         const int64_t state = (w.cache * 64 + row) * 64 + column;
-        float *carry = a.slots + (int64_t)w.pair * kCarryFloats + row * 64 + column;
-        int *pieces_done = a.counters + (w.pair * kClusterBlocks + block) * kCarriers + warp;
+        unsigned char *carry = w.carry + ((2 * block + warp) * 4 * 32 + lane) * 16; // and 512 bytes further, three times
         float s[8];
         if (w.piece == 0) {
             load_split8(a.state, a.state_rest, state, s);
@@ -183,10 +197,13 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                 }
             }
         } else {
-            wait_piece(pieces_done, w.piece);
-            const float4 x = __ldcg((const float4 *)carry), y = __ldcg((const float4 *)carry + 1);
-            s[0] = x.x, s[1] = x.y, s[2] = x.z, s[3] = x.w;
-            s[4] = y.x, s[5] = y.y, s[6] = y.z, s[7] = y.w;
+            uint32_t x[8];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                take_over(carry + i * 512, x[2 * i], x[2 * i + 1], w.piece);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                s[e] = __uint_as_float(x[e]);
         }
         const int closing = closing_tile(w);
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
@@ -262,9 +279,9 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             }
         }
         if (w.end_tile * (int64_t)64 < w.end) {
-            __stcg((float4 *)carry, make_float4(s[0], s[1], s[2], s[3]));
-            __stcg((float4 *)carry + 1, make_float4(s[4], s[5], s[6], s[7]));
-            tell_piece(pieces_done, w.piece);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                leave(carry + i * 512, __float_as_uint(s[2 * i]), __float_as_uint(s[2 * i + 1]), w.piece + 1);
         } else if (closing == w.end_tile) {
             store_split8(a.state, a.state_rest, state, s);
         }
@@ -280,9 +297,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
     ClusterWork w = next_work(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
         float *mass = a.mass + w.cache * 64 + row;
-        float *carry = a.slots + (int64_t)w.pair * kCarryFloats + 64 * 64;
-        double *carry_log = (double *)(carry + 64);
-        int *pieces_done = a.counters + (w.pair * kClusterBlocks + block) * kCarriers + kCarriers - 1;
+        unsigned char *carry = w.carry + 64 * 64 * 8 + block * 128, *carry_log = carry + 64;
         float z[2];
         double log_sum = 0.0;
         if (w.piece == 0) {
@@ -298,11 +313,11 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
                 log_sum *= 1.4426950408889634;
             }
         } else {
-            wait_piece(pieces_done, w.piece);
-            const float2 x = __ldcg((const float2 *)(carry + row));
-            z[0] = x.x, z[1] = x.y;
-            if (block == 0)
-                log_sum = __ldcg(carry_log);
+            uint32_t x, y;
+            take_over(carry + pair * 16, x, y, w.piece);
+            z[0] = __uint_as_float(x), z[1] = __uint_as_float(y);
+            take_over(carry_log, x, y, w.piece);
+            log_sum = __hiloint2double((int)y, (int)x);
         }
         const int closing = closing_tile(w);
         auto close = [&] {
@@ -317,7 +332,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
                 next = next_work(a, w.item + n_clusters, n_clusters);
             wait_phase(inbox_full + 8 * stage, parity);
             const TileSlice *slices = shared.inbox_slices[stage];
-            const uint32_t out_mass = shared_address(&shared.mass[0][stage][mass_word(row / 2)]),
+            const uint32_t out_mass = shared_address(&shared.mass[0][stage][row]),
                            full = shared_address(&shared.state_full[0][stage]);
 #pragma unroll 2
             for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
@@ -348,10 +363,9 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
         }
         if (w.end_tile * (int64_t)64 < w.end) {
             if (lane < 4)
-                __stcg((float2 *)(carry + row), make_float2(z[0], z[1]));
-            if (block == 0 && lane == 0)
-                __stcg(carry_log, log_sum);
-            tell_piece(pieces_done, w.piece);
+                leave(carry + pair * 16, __float_as_uint(z[0]), __float_as_uint(z[1]), w.piece + 1);
+            if (lane == 0)
+                leave(carry_log, (uint32_t)__double2loint(log_sum), (uint32_t)__double2hiint(log_sum), w.piece + 1);
         } else if (closing == w.end_tile) {
             close();
         }

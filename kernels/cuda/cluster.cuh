@@ -20,6 +20,13 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Kept where it is: the compiler would rather read threadIdx again and wait for it.
+__device__ __forceinline__ int lane_id() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 // One lane of a whole warp.
 __device__ __forceinline__ bool elect() {
     uint32_t is_elected;

@@ -223,6 +223,12 @@ __device__ __forceinline__ void group_hold(Accumulator &c) {
             asm volatile("" : "+f"(c[j][i])::"memory");
 }
 
+__device__ __forceinline__ void group_hold(float (&c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("" : "+f"(c[i])::"memory");
+}
+
 // The warp's [16, 64] accumulator, its rows scaled, as bf16 to rows first_row ... of a panel.
 __device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0,
                                                   float scale1) {
@@ -265,6 +271,26 @@ __device__ __forceinline__ void group_product(Accumulator &c, const uint32_t (&a
                    "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
                    "+f"(c[7][2]), "+f"(c[7][3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(columns));
+#endif
+}
+
+// Descriptor of a row of 16 bf16 as the first of eight columns of b; the others are what lies behind it in memory.
+__device__ __forceinline__ uint64_t column_descriptor(uint32_t address) {
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)8 << 32;
+}
+
+// The warpgroup's a [64, 16] from registers times 8 such columns.
+__device__ __forceinline__ void group_product_columns(float (&c)[4], const uint32_t (&a)[4], uint64_t b,
+                                                      int accumulate) {
+#if TS_HAS_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n"
+                 "}\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 #endif
 }
 
