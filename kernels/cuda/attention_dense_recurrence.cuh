@@ -331,32 +331,70 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
             if (wave + kWaveTiles >= w.end_tile)
                 next = next_work(a, w.item + n_clusters, n_clusters);
             wait_phase(inbox_full + 8 * stage, parity);
-            const TileSlice *slices = shared.inbox_slices[stage];
-            const uint32_t out_mass = shared_address(&shared.mass[0][stage][row]),
+            const uint32_t slices = shared_address(shared.inbox_slices[stage]),
+                           out_mass = shared_address(&shared.mass[0][stage][row]),
                            full = shared_address(&shared.state_full[0][stage]);
-#pragma unroll 2
-            for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
-                float2 own[kWorkers];
-                float decay[kWorkers], log_decay[kWorkers];
+            // Of the tiles of one block.
+            struct Arrived {
+                float2 z[kWorkers];
+                float decay[kWorkers];
+            };
+            auto take = [&](Arrived &arrived, int to_block) {
 #pragma unroll
                 for (int u = 0; u < kWorkers; u++) {
-                    const TileSlice &slice = slices[to_block * kWorkers + u];
-                    own[u] = *(const float2 *)&slice.z[2 * pair];
-                    decay[u] = slice.decay, log_decay[u] = slice.log_decay;
+                    const uint32_t from = slices + (to_block * kWorkers + u) * (int)sizeof(TileSlice);
+                    arrived.z[u].x = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair));
+                    arrived.z[u].y = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair + 4));
+                    arrived.decay[u] = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, decay)));
                 }
-                const uint32_t to = in_block(out_mass, to_block), to_full = in_block(full, to_block);
+            };
+            auto answer = [&](int to_block, int u) {
+                if (lane < 4)
+                    send(in_block(out_mass, to_block) + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z[0], z[1]),
+                         in_block(full, to_block) + u * (uint32_t)sizeof(shared.state_full[0]));
+            };
+            auto add = [&](const Arrived &arrived, int u) {
+                z[0] = arrived.decay[u] * z[0] + arrived.z[u].x;
+                z[1] = arrived.decay[u] * z[1] + arrived.z[u].y;
+            };
+            Arrived some, others;
+            take(some, 0);
+            if (n == kWaveTiles && (closing < wave || closing >= wave + kWaveTiles)) {
+#pragma unroll 1
+                for (int to_block = 0; to_block < kClusterBlocks; to_block += 2) {
+                    take(others, to_block + 1);
 #pragma unroll
-                for (int u = 0; u < kWorkers; u++) {
-                    const int t = to_block * kWorkers + u;
-                    if (lane < 4)
-                        send(to + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z[0], z[1]),
-                             to_full + u * (uint32_t)sizeof(shared.state_full[0]));
-                    if (t < n) {
-                        if (wave + t == closing)
-                            close();
-                        z[0] = decay[u] * z[0] + own[u].x;
-                        z[1] = decay[u] * z[1] + own[u].y;
-                        log_sum += log_decay[u];
+                    for (int u = 0; u < kWorkers; u++) {
+                        answer(to_block, u);
+                        add(some, u);
+                    }
+                    if (to_block + 2 < kClusterBlocks)
+                        take(some, to_block + 2);
+#pragma unroll
+                    for (int u = 0; u < kWorkers; u++) {
+                        answer(to_block + 1, u);
+                        add(others, u);
+                    }
+                }
+                double sum = lane < kWaveTiles ? (double)shared.inbox_slices[stage][lane].log_decay : 0.0;
+#pragma unroll
+                for (int step = 16; step > 0; step /= 2)
+                    sum += __shfl_xor_sync(~0u, sum, step);
+                log_sum += sum;
+            } else {
+#pragma unroll 1
+                for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                    take(some, to_block);
+#pragma unroll
+                    for (int u = 0; u < kWorkers; u++) {
+                        const int t = to_block * kWorkers + u;
+                        answer(to_block, u);
+                        if (t < n) {
+                            if (wave + t == closing)
+                                close();
+                            add(some, u);
+                            log_sum += shared.inbox_slices[stage][t].log_decay;
+                        }
                     }
                 }
             }
