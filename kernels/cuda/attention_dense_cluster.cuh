@@ -150,7 +150,7 @@ __device__ __forceinline__ void send_decay(ClusterShared &shared, int lane, int 
     if (lane < 2)
         send(in_block(shared_address(&shared.inbox_slices[stage][block * kWorkers + worker]), 2 * warp + lane),
              __float_as_uint(log_decay), __float_as_uint(decay), 0, 0,
-             in_block(shared_address(&shared.inbox_full[stage]), 2 * warp + lane));
+             in_block(shared_address(&shared.inbox_full[stage][block]), 2 * warp + lane));
 }
 
 // The warp's 16 feature rows of S_t and z_t go to the two blocks that have them.
@@ -159,7 +159,7 @@ __device__ __forceinline__ void send_rows(ClusterShared &shared, int lane, int w
     const int rank = block * kWorkers + worker, row = lane / 4;
     const uint32_t inbox = shared_address(shared.inbox[stage][rank]) + row * kPanelRowBytes,
                    mass = shared_address(&shared.inbox_slices[stage][rank].z[row]),
-                   full = shared_address(&shared.inbox_full[stage]);
+                   full = shared_address(&shared.inbox_full[stage][block]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int to = 2 * warp + i;
@@ -419,7 +419,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
 __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
                                             int n_clusters) {
     const int lane = threadIdx.x & 31;
-    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0][block]);
     ClusterWork work = next_work(a, cluster, n_clusters);
     int tile = work.first_tile, n_told = 0, n_gated = 0;
     auto tell_wave = [&] {
@@ -475,7 +475,7 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
     for (int wave = 0; shared.wave[wave % kWaveStages].n_tiles > 0; wave++) {
         tell_wave();
         take_logits();
-        wait_phase(inbox_full + 8 * (wave & 1),
+        wait_phase(inbox_full + (wave & 1) * (uint32_t)sizeof(shared.inbox_full[0]),
                    wave >> 1 & 1); // the workers have taken the gates whose place these take
         tell_gates();
     }
@@ -499,7 +499,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                          : "memory");
         };
         for (int stage = 0; stage < 2; stage++) {
-            begin(shared.inbox_full[stage], 1);
+            for (int from = 0; from < kClusterBlocks; from++)
+                begin(shared.inbox_full[stage][from], 1);
             for (int i = 0; i < kWorkers; i++) {
                 begin(shared.state_full[i][stage], 1);
                 begin(shared.keys_full[i][stage], 1);

@@ -76,8 +76,8 @@ struct ClusterShared {
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
     TileTask task[kWorkers][kWaveStages];
-    uint64_t inbox_full[2], state_full[kWorkers][2], gates_full[kWorkers][2], keys_full[kWorkers][2]; // of even and of
-                                                                                                      // odd waves
+    // Of even and of odd waves; the inbox by the block that sends, so that early tiles do not wait for late ones.
+    uint64_t inbox_full[2][kClusterBlocks], state_full[kWorkers][2], gates_full[kWorkers][2], keys_full[kWorkers][2];
     uint64_t queries_full[kWorkers];
 };
 
@@ -169,7 +169,7 @@ __device__ __forceinline__ int closing_tile(const ClusterWork &w) {
 __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int warp, int block,
                                                int cluster, int n_clusters) {
     const int lane = threadIdx.x & 31, local = 4 * warp + lane / 8, row = 8 * block + local, column = lane % 8 * 8;
-    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0][0]);
     const uint32_t out_offset = row * kPanelRowBytes + (((column / 8) ^ local) << 4);
     uint32_t in_offset[4];
 #pragma unroll
@@ -208,11 +208,12 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         const int closing = closing_tile(w);
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
-            if (warp == 0 && lane == 0)
-                expect_bytes(inbox_full + 8 * stage, n * kSliceBytes + kWaveTiles * 16);
+            const uint32_t arrived = inbox_full + stage * (uint32_t)sizeof(shared.inbox_full[0]);
+            if (warp == 0 && lane < kClusterBlocks)
+                expect_bytes(arrived + 8 * lane,
+                             min(max(n - lane * kWorkers, 0), kWorkers) * kSliceBytes + kWorkers * 16);
             if (wave + kWaveTiles >= w.end_tile) // while there is time
                 next = next_work(a, w.item + n_clusters, n_clusters);
-            wait_phase(inbox_full + 8 * stage, parity);
             const uint32_t inbox = shared_address(shared.inbox[stage]),
                            slices = shared_address(&shared.inbox_slices[stage][0].decay),
                            out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
@@ -222,13 +223,15 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                 uint32_t s[kWorkers][4];
                 float decay[kWorkers];
             };
-            auto take = [&](Arrived &arrived, int tile) {
+            auto take = [&](Arrived &tiles, int from_block) {
+                wait_phase(arrived + 8 * from_block, parity);
 #pragma unroll
                 for (int u = 0; u < kWorkers; u++) {
+                    const int t = from_block * kWorkers + u;
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        arrived.s[u][i] = load_shared4(inbox + (tile + u) * 8 * kPanelRowBytes + in_offset[i]);
-                    arrived.decay[u] = __uint_as_float(load_shared4(slices + (tile + u) * (int)sizeof(TileSlice)));
+                        tiles.s[u][i] = load_shared4(inbox + t * 8 * kPanelRowBytes + in_offset[i]);
+                    tiles.decay[u] = __uint_as_float(load_shared4(slices + t * (int)sizeof(TileSlice)));
                 }
             };
             auto answer = [&](int to_block, int u) {
@@ -236,43 +239,37 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                      pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]),
                      in_block(full, to_block) + u * (uint32_t)sizeof(shared.state_full[0]));
             };
-            auto add = [&](const Arrived &arrived, int u) {
+            auto add = [&](const Arrived &tiles, int u) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    s[2 * i] = arrived.decay[u] * s[2 * i] + low_of(arrived.s[u][i]);
-                    s[2 * i + 1] = arrived.decay[u] * s[2 * i + 1] + high_of(arrived.s[u][i]);
+                    s[2 * i] = tiles.decay[u] * s[2 * i] + low_of(tiles.s[u][i]);
+                    s[2 * i + 1] = tiles.decay[u] * s[2 * i + 1] + high_of(tiles.s[u][i]);
                 }
             };
-            Arrived some, others;
-            take(some, 0);
+            // A tile is answered after its own state has been taken: only then may what follows it come.
+            Arrived tiles;
             if (n == kWaveTiles && (closing < wave || closing >= wave + kWaveTiles)) {
-#pragma unroll 1
-                for (int to_block = 0; to_block < kClusterBlocks; to_block += 2) {
-                    take(others, (to_block + 1) * kWorkers);
+#pragma unroll 2
+                for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                    take(tiles, to_block);
 #pragma unroll
                     for (int u = 0; u < kWorkers; u++) {
                         answer(to_block, u);
-                        add(some, u);
-                    }
-                    if (to_block + 2 < kClusterBlocks)
-                        take(some, (to_block + 2) * kWorkers);
-#pragma unroll
-                    for (int u = 0; u < kWorkers; u++) {
-                        answer(to_block + 1, u);
-                        add(others, u);
+                        add(tiles, u);
                     }
                 }
             } else {
 #pragma unroll 1
-                for (int t = 0; t < n; t += kWorkers) {
-                    take(some, t);
+                for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                    take(tiles, to_block);
 #pragma unroll
                     for (int u = 0; u < kWorkers; u++) {
-                        if (t + u < n) {
-                            answer(t / kWorkers, u);
-                            if (wave + t + u == closing)
+                        const int t = to_block * kWorkers + u;
+                        if (t < n) {
+                            answer(to_block, u);
+                            if (wave + t == closing)
                                 store_split8(a.state, a.state_rest, state, s);
-                            add(some, u);
+                            add(tiles, u);
                         }
                     }
                 }
@@ -292,7 +289,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
 __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &shared, int block, int cluster,
                                            int n_clusters) {
     const int lane = threadIdx.x & 31, pair = lane % 4, row = 8 * block + 2 * pair;
-    const uint32_t inbox_full = shared_address(&shared.inbox_full[0]);
+    const uint32_t inbox_full = shared_address(&shared.inbox_full[0][0]);
     int stage = 0, parity = 0;
     ClusterWork w = next_work(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
@@ -330,53 +327,52 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
             const int n = min(kWaveTiles, w.end_tile - wave);
             if (wave + kWaveTiles >= w.end_tile)
                 next = next_work(a, w.item + n_clusters, n_clusters);
-            wait_phase(inbox_full + 8 * stage, parity);
+            const uint32_t arrived = inbox_full + stage * (uint32_t)sizeof(shared.inbox_full[0]);
             const uint32_t slices = shared_address(shared.inbox_slices[stage]),
                            out_mass = shared_address(&shared.mass[0][stage][row]),
                            full = shared_address(&shared.state_full[0][stage]);
             // Of the tiles of one block.
             struct Arrived {
                 float2 z[kWorkers];
-                float decay[kWorkers];
+                float decay[kWorkers], log_decay;
             };
-            auto take = [&](Arrived &arrived, int to_block) {
+            auto take = [&](Arrived &tiles, int from_block) {
+                wait_phase(arrived + 8 * from_block, parity);
 #pragma unroll
                 for (int u = 0; u < kWorkers; u++) {
-                    const uint32_t from = slices + (to_block * kWorkers + u) * (int)sizeof(TileSlice);
-                    arrived.z[u].x = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair));
-                    arrived.z[u].y = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair + 4));
-                    arrived.decay[u] = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, decay)));
+                    const uint32_t from = slices + (from_block * kWorkers + u) * (int)sizeof(TileSlice);
+                    tiles.z[u].x = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair));
+                    tiles.z[u].y = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, z) + 8 * pair + 4));
+                    tiles.decay[u] = __uint_as_float(load_shared4(from + (int)offsetof(TileSlice, decay)));
                 }
+                tiles.log_decay = 0.0f; // of tile `lane` of the three
+                if (lane < kWorkers)
+                    tiles.log_decay = __uint_as_float(load_shared4(
+                        slices + (from_block * kWorkers + lane) * (int)sizeof(TileSlice) +
+                        (int)offsetof(TileSlice, log_decay)));
             };
             auto answer = [&](int to_block, int u) {
                 if (lane < 4)
                     send(in_block(out_mass, to_block) + u * (uint32_t)sizeof(shared.mass[0]), pack_bf16(z[0], z[1]),
                          in_block(full, to_block) + u * (uint32_t)sizeof(shared.state_full[0]));
             };
-            auto add = [&](const Arrived &arrived, int u) {
-                z[0] = arrived.decay[u] * z[0] + arrived.z[u].x;
-                z[1] = arrived.decay[u] * z[1] + arrived.z[u].y;
+            auto add = [&](const Arrived &tiles, int u) {
+                z[0] = tiles.decay[u] * z[0] + tiles.z[u].x;
+                z[1] = tiles.decay[u] * z[1] + tiles.z[u].y;
             };
-            Arrived some, others;
-            take(some, 0);
+            Arrived tiles;
             if (n == kWaveTiles && (closing < wave || closing >= wave + kWaveTiles)) {
-#pragma unroll 1
-                for (int to_block = 0; to_block < kClusterBlocks; to_block += 2) {
-                    take(others, to_block + 1);
+                double sum = 0.0;
+#pragma unroll 2
+                for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
+                    take(tiles, to_block);
 #pragma unroll
                     for (int u = 0; u < kWorkers; u++) {
                         answer(to_block, u);
-                        add(some, u);
+                        add(tiles, u);
                     }
-                    if (to_block + 2 < kClusterBlocks)
-                        take(some, to_block + 2);
-#pragma unroll
-                    for (int u = 0; u < kWorkers; u++) {
-                        answer(to_block + 1, u);
-                        add(others, u);
-                    }
+                    sum += tiles.log_decay;
                 }
-                double sum = lane < kWaveTiles ? (double)shared.inbox_slices[stage][lane].log_decay : 0.0;
 #pragma unroll
                 for (int step = 16; step > 0; step /= 2)
                     sum += __shfl_xor_sync(~0u, sum, step);
@@ -384,7 +380,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
             } else {
 #pragma unroll 1
                 for (int to_block = 0; to_block < kClusterBlocks; to_block++) {
-                    take(some, to_block);
+                    take(tiles, to_block);
 #pragma unroll
                     for (int u = 0; u < kWorkers; u++) {
                         const int t = to_block * kWorkers + u;
@@ -392,8 +388,8 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
                         if (t < n) {
                             if (wave + t == closing)
                                 close();
-                            add(some, u);
-                            log_sum += shared.inbox_slices[stage][t].log_decay;
+                            add(tiles, u);
+                            log_sum += __shfl_sync(~0u, tiles.log_decay, u);
                         }
                     }
                 }
