@@ -129,7 +129,7 @@ __device__ __forceinline__ void load_tile_keys(uint32_t (&fk)[4][4], const Gates
 #pragma unroll
     for (int t = 0; t < 4; t++)
         load_matrices_transposed(fk[t], panel_unit(k, 16 * t + row, unit));
-    if (is_strong) {
+    if (__builtin_expect(is_strong, 0)) {
         const float2 *c = reinterpret_cast<const float2 *>(gates.log_decay) + lane % 4;
         const float last = gates.log_decay[63];
 #pragma unroll
@@ -160,6 +160,10 @@ __device__ __forceinline__ void send_rows(ClusterShared &shared, int lane, int w
     const uint32_t inbox = shared_address(shared.inbox[stage][rank]) + row * kPanelRowBytes,
                    mass = shared_address(&shared.inbox_slices[stage][rank].z[row]),
                    full = shared_address(&shared.inbox_full[stage][block]);
+    if (lane % 4 == 0) {
+        send(in_block(mass, 2 * warp), __float_as_uint(z[0] * scale), in_block(full, 2 * warp));
+        send(in_block(mass, 2 * warp + 1), __float_as_uint(z[2] * scale), in_block(full, 2 * warp + 1));
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int to = 2 * warp + i;
@@ -171,8 +175,6 @@ __device__ __forceinline__ void send_rows(ClusterShared &shared, int lane, int w
                  pack_bf16(s[4 * h + 1][2 * i] * scale, s[4 * h + 1][2 * i + 1] * scale),
                  pack_bf16(s[4 * h + 2][2 * i] * scale, s[4 * h + 2][2 * i + 1] * scale),
                  pack_bf16(s[4 * h + 3][2 * i] * scale, s[4 * h + 3][2 * i + 1] * scale), barrier);
-        if (lane % 4 == 0)
-            send(in_block(mass, to), __float_as_uint(z[2 * i] * scale), barrier);
     }
 }
 
@@ -244,7 +246,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 tensor_load(v, maps.qkv, column + a.n_kv_heads * 64, task.row, full);
             }
         }
-        if (task.kind == kPartTile) {
+        if (__builtin_expect(task.kind == kPartTile, 0)) {
             copy_part(a, shared.wave[wave % kWaveStages], rank, column, k);
             copy_part(a, shared.wave[wave % kWaveStages], rank, column + a.n_kv_heads * 64, v);
         }
@@ -256,7 +258,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
             if (task.kind == kWholeTile)
                 tensor_load(q, maps.qkv, column, task.row, queries_full);
         }
-        if (task.kind == kPartTile)
+        if (__builtin_expect(task.kind == kPartTile, 0))
             copy_part(a, shared.wave[wave % kWaveStages], rank, column, q);
     };
     auto begin_wave = [&](const TileTask &task, int wave, int parity) {
@@ -332,7 +334,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 group_commit();
                 group_wait<0>();
                 group_hold(weights);
-                if (!is_strong) {
+                if (__builtin_expect(!is_strong, 1)) {
                     mask_weights(fw, weights, lane, warp);
                 } else {
                     decay_weights(fw, weights, gates.log_decay, c0, c1);
@@ -393,7 +395,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 store_accumulator(panel, 16 * warp, y, scale0, scale1);
                 publish_to_wgmma();
                 __syncwarp();
-                if (is_whole) {
+                if (__builtin_expect(is_whole, 1)) {
                     if (lane == 0)
                         tensor_store(maps.y, column, task.row + 16 * warp, panel + 16 * warp * kPanelRowBytes);
                 } else {
