@@ -191,13 +191,10 @@ __device__ __forceinline__ void send_tile_state(ClusterShared &shared, int lane,
     Accumulator s;
     load_tile_keys(fk, gates, k, lane, warp, is_strong);
     group_begin();
-    const uint64_t ones = column_descriptor(shared_address(shared.ones));
-    const uint64_t values = panel_descriptor(v);
+    const uint64_t values = panel_descriptor(v, shared_address(shared.ones));
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-        group_product<1>(s, fk[t], panel_further(values, t * 2048), t > 0);
-        group_product_columns(z, fk[t], ones, t > 0);
-    }
+    for (int t = 0; t < 4; t++)
+        group_product(s, z, fk[t], panel_step(values, t), t > 0);
     group_commit();
     send_decay(shared, lane, warp, worker, stage, block, log_decay, decay);
     group_wait<0>();
@@ -234,7 +231,6 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                    keys_full = shared_address(&shared.keys_full[worker][0]),
                    queries_full = shared_address(&shared.queries_full[worker]);
     // A phase ends with every wave, with a tile or without. What is copied in part is waited for apart.
-    const uint64_t ones = column_descriptor(shared_address(shared.ones));
     const TileTask *tasks = shared.task[worker];
     auto load_keys = [&](const TileTask &task, int wave) {
         const int stage = wave % 2, column = (a.n_heads + task.head) * 64;
@@ -326,7 +322,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                     fq[t][3] = feature_map(fq[t][3], log1, scale1);
                 }
                 Accumulator weights;
-                const uint64_t keys = panel_descriptor(k), values = panel_descriptor(v);
+                const uint64_t keys = panel_descriptor(k),
+                               values = panel_descriptor(v, shared_address(shared.ones));
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
@@ -348,10 +345,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 }
                 group_begin();
 #pragma unroll
-                for (int t = 0; t < 4; t++) {
-                    group_product<1>(y, fw[t], panel_further(values, t * 2048), t > 0);
-                    group_product_columns(mass, fw[t], ones, t > 0);
-                }
+                for (int t = 0; t < 4; t++)
+                    group_product(y, mass, fw[t], panel_step(values, t), t > 0);
                 group_commit();
                 group_wait<0>();
                 group_hold(y);
@@ -492,8 +487,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const int block = blockIdx.x % kClusterBlocks, cluster = blockIdx.x / kClusterBlocks,
               n_clusters = gridDim.x / kClusterBlocks;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-    if (threadIdx.x < 64)
-        shared.ones[threadIdx.x] = kOnes;
+    reinterpret_cast<uint32_t *>(shared.ones)[threadIdx.x] = kOnes;
+    static_assert(sizeof shared.ones == kClusterThreads * sizeof(uint32_t), "a word a thread");
     publish_to_wgmma();
     if (threadIdx.x == 0) {
         auto begin = [](const uint64_t &barrier, int n_arrivals) {

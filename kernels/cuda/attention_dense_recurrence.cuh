@@ -71,8 +71,8 @@ struct ClusterShared {
     WorkerShared worker[kWorkers];
     unsigned char inbox[2][kWaveTiles][8 * kPanelRowBytes];
     TileSlice inbox_slices[2][kWaveTiles];
-    __nv_bfloat16 mass[kWorkers][2][128]; // z^; a product reads beyond its 64, and takes nothing from there
-    uint32_t ones[64];                    // bf16
+    unsigned char ones[16 * kPanelRowBytes]; // rows of 1 in bf16, behind the values
+    __nv_bfloat16 mass[kWorkers][2][64];     // z^; a product reads beyond one, and takes nothing from there
     Gates gates[kWorkers][kGateStages];
     Wave wave[kWaveStages];
     TileTask task[kWorkers][kWaveStages];

@@ -274,6 +274,39 @@ __device__ __forceinline__ void group_product(Accumulator &c, const uint32_t (&a
 #endif
 }
 
+// Of a panel with k along rows, and eight columns more: those of 16 rows `beside`, at a higher address.
+__device__ __forceinline__ uint64_t panel_descriptor(uint32_t address, uint32_t beside) {
+    return panel_descriptor(address) - ((uint64_t)1 << 16) + ((uint64_t)((beside - address) >> 4) << 16);
+}
+
+// The panel 16 * step rows further, the columns more from the same place.
+__device__ __forceinline__ uint64_t panel_step(uint64_t descriptor, int step) {
+    return descriptor + 128 * step - ((uint64_t)(128 * step) << 16);
+}
+
+// group_product<1> with the eight columns more, of which `sums` has the products.
+__device__ __forceinline__ void group_product(Accumulator &c, float (&sums)[4], const uint32_t (&a)[4], uint64_t b,
+                                              int accumulate) {
+#if TS_HAS_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %41, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35}, "
+                 "{%36, %37, %38, %39}, %40, p, 1, 1, 1;\n"
+                 "}\n"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+                   "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+                   "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+                   "+f"(c[7][2]), "+f"(c[7][3]), "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+#endif
+}
+
 // Descriptor of a row of 16 bf16 as the first of eight columns of b; the others are what lies behind it in memory.
 __device__ __forceinline__ uint64_t column_descriptor(uint32_t address) {
     return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)8 << 32;
