@@ -177,8 +177,8 @@ static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, cons
     TS_CHECK(tensor_map_create(&maps.qkv, plan->tensor_map_encode, a.qkvg, rows, (a.n_heads + 2 * a.n_kv_heads) * 64,
                                a.stride, 64) &&
                  tensor_map_create(&maps.y, plan->tensor_map_encode, a.y, rows, a.n_heads * 64, a.y_stride, 16),
-             TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements", (long long)rows,
-             (long long)a.stride, (long long)a.y_stride);
+             TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements",
+             (long long)rows, (long long)a.stride, (long long)a.y_stride);
     set_cluster_launch(&launch, min(plan->n_clusters, a.n_items), stream);
     error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a, maps);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s",
@@ -220,7 +220,8 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
         if (error == cudaSuccess)
             error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &launch.config);
         if (error == cudaSuccess)
-            error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+            error =
+                cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
     }
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s",
              cudaGetErrorString(error));

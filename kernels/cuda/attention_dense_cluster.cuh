@@ -38,8 +38,8 @@ __device__ __noinline__ void copy_part(const DenseArgs &a, const Wave &w, int ra
     for (int row = threadIdx.x % 128 / 8; row < 64; row += 16) {
         const int n = rank * 64 + row;
         const bool valid = n >= w.begin && n < w.end;
-        copy_async(panel_unit(panel, row, unit),
-                   valid ? a.qkvg + (w.row + n) * a.stride + column + 8 * unit : a.qkvg, valid);
+        copy_async(panel_unit(panel, row, unit), valid ? a.qkvg + (w.row + n) * a.stride + column + 8 * unit : a.qkvg,
+                   valid);
     }
     copy_commit();
 }
@@ -322,8 +322,8 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                     fq[t][3] = feature_map(fq[t][3], log1, scale1);
                 }
                 Accumulator weights;
-                const uint64_t keys = panel_descriptor(k),
-                               values = panel_descriptor(v, shared_address(shared.ones));
+                const uint64_t keys = panel_descriptor(k), values = panel_descriptor(v),
+                               ones = column_descriptor(shared_address(shared.ones));
                 group_begin();
 #pragma unroll
                 for (int t = 0; t < 4; t++)
@@ -345,8 +345,10 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 }
                 group_begin();
 #pragma unroll
-                for (int t = 0; t < 4; t++)
-                    group_product(y, mass, fw[t], panel_step(values, t), t > 0);
+                for (int t = 0; t < 4; t++) {
+                    group_product<1>(y, fw[t], panel_further(values, t * 2048), t > 0);
+                    group_product_columns(mass, fw[t], ones, t > 0);
+                }
                 group_commit();
                 group_wait<0>();
                 group_hold(y);
@@ -387,7 +389,7 @@ __device__ __forceinline__ void run_worker(const DenseArgs &a, const ClusterMaps
                 const uint32_t panel = is_last ? state : q;
                 const int column = (task.head * heads + i) * 64;
                 worker_sync(worker);
-                store_accumulator(panel, 16 * warp, y, scale0, scale1);
+                store_accumulator(panel, 16 * warp, y, scale0, scale1, lane);
                 publish_to_wgmma();
                 __syncwarp();
                 if (__builtin_expect(is_whole, 1)) {
@@ -438,9 +440,12 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
         if (lane < kWorkers) {
             const int rank = block * kWorkers + lane;
             const bool is_whole = rank * 64 >= wave.begin && (rank + 1) * 64 <= wave.end;
-            shared.task[lane][n_told % kWaveStages] = {
-                (int)wave.row + rank * 64, wave.head,
-                wave.n_tiles == 0 ? kNoWave : rank >= wave.n_tiles ? kNoTile : is_whole ? kWholeTile : kPartTile, 0};
+            shared.task[lane][n_told % kWaveStages] = {(int)wave.row + rank * 64, wave.head,
+                                                       wave.n_tiles == 0      ? kNoWave
+                                                       : rank >= wave.n_tiles ? kNoTile
+                                                       : is_whole             ? kWholeTile
+                                                                              : kPartTile,
+                                                       0};
         }
         n_told++;
         __syncwarp();

@@ -15,8 +15,9 @@ constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
 constexpr int kSliceBytes = 8 * kPanelRowBytes + 8 * (int)sizeof(float); // of S_t and z_t, to one block
 constexpr int kPieceTiles = 2 * kWaveTiles;
-constexpr int kCarryBytes = 64 * 64 * 8 + kClusterBlocks * 128; // of a pair, from piece to piece: S; z and log of the decay
-constexpr int kLeastCarried = kPieceTiles * 64 - 63;              // tokens of a span that is more than one piece
+constexpr int kCarryBytes =
+    64 * 64 * 8 + kClusterBlocks * 128;              // of a pair, from piece to piece: S; z and log of the decay
+constexpr int kLeastCarried = kPieceTiles * 64 - 63; // tokens of a span that is more than one piece
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
@@ -81,8 +82,8 @@ struct ClusterShared {
     uint64_t queries_full[kWorkers];
 };
 
-// 16-byte unit of a row of S_t on its way, as the sender's lane holds it: columns 8 j + 2 (lane % 4) + {0, 1}, four j of
-// half `half`. Rows of a slice differ, so that neither side meets itself in a bank.
+// 16-byte unit of a row of S_t on its way, as the sender's lane holds it: columns 8 j + 2 (lane % 4) + {0, 1}, four j
+// of half `half`. Rows of a slice differ, so that neither side meets itself in a bank.
 __device__ __forceinline__ int inbox_unit(int row, int half, int lane) {
     return ((4 * half + lane % 4) ^ row) * 16;
 }
@@ -90,10 +91,10 @@ __device__ __forceinline__ int inbox_unit(int row, int half, int lane) {
 // A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
 struct ClusterWork {
     unsigned char *carry; // where one piece leaves its state to the next
-    int64_t row;   // of tile 0's first token in the batch; negative where the span begins inside the tile
-    int64_t cache; // index of (sequence, KV head)
-    int64_t end;   // token after the span's last, from tile 0's first
-    int item;      // -1 when there is none
+    int64_t row;          // of tile 0's first token in the batch; negative where the span begins inside the tile
+    int64_t cache;        // index of (sequence, KV head)
+    int64_t end;          // token after the span's last, from tile 0's first
+    int item;             // -1 when there is none
     int pair, piece, head;
     int first_tile, end_tile; // of the piece
     int begin;                // tokens of tile 0 before the span
@@ -129,8 +130,8 @@ __device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, i
     }
 }
 
-// What a lane leaves for the same lane of another cluster, which takes the next piece: each number beside the piece that
-// it begins, in 8 bytes that are written as one. So nothing has to be waited for but the numbers themselves.
+// What a lane leaves for the same lane of another cluster, which takes the next piece: each number beside the piece
+// that it begins, in 8 bytes that are written as one. So nothing has to be waited for but the numbers themselves.
 __device__ __forceinline__ void leave(unsigned char *to, uint32_t x, uint32_t y, int piece) {
     asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%1, %3};\nmov.b64 b, {%2, %3};\n"
                  "st.relaxed.gpu.global.v2.b64 [%0], {a, b};\n}" ::"l"(to),
@@ -154,7 +155,8 @@ __device__ __forceinline__ double open_decay(const DenseArgs &a, const ClusterWo
     return a.open_c[w.cache * 64 + w.begin - 1];
 }
 
-__device__ __forceinline__ float open_key(const DenseArgs &a, const ClusterWork &w, double log_sum, int token, int row) {
+__device__ __forceinline__ float open_key(const DenseArgs &a, const ClusterWork &w, double log_sum, int token,
+                                          int row) {
     const int64_t at = w.cache * 64 + token;
     return (float)exp(log_sum - a.open_c[at]) * open_feature(a.open_k[at * 64 + row], a.open_gate[at]);
 }
@@ -179,7 +181,8 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     ClusterWork w = next_work(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
         const int64_t state = (w.cache * 64 + row) * 64 + column;
-        unsigned char *carry = w.carry + ((2 * block + warp) * 4 * 32 + lane) * 16; // and 512 bytes further, three times
+        unsigned char *carry =
+            w.carry + ((2 * block + warp) * 4 * 32 + lane) * 16; // and 512 bytes further, three times
         float s[8];
         if (w.piece == 0) {
             load_split8(a.state, a.state_rest, state, s);
@@ -347,9 +350,9 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
                 }
                 tiles.log_decay = 0.0f; // of tile `lane` of the three
                 if (lane < kWorkers)
-                    tiles.log_decay = __uint_as_float(load_shared4(
-                        slices + (from_block * kWorkers + lane) * (int)sizeof(TileSlice) +
-                        (int)offsetof(TileSlice, log_decay)));
+                    tiles.log_decay =
+                        __uint_as_float(load_shared4(slices + (from_block * kWorkers + lane) * (int)sizeof(TileSlice) +
+                                                     (int)offsetof(TileSlice, log_decay)));
             };
             auto answer = [&](int to_block, int u) {
                 if (lane < 4)

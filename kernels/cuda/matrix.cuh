@@ -231,8 +231,8 @@ __device__ __forceinline__ void group_hold(float (&c)[4]) {
 
 // The warp's [16, 64] accumulator, its rows scaled, as bf16 to rows first_row ... of a panel.
 __device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0,
-                                                  float scale1) {
-    const int lane = threadIdx.x & 31, row = first_row + (lane & 15);
+                                                  float scale1, int lane = threadIdx.x & 31) {
+    const int row = first_row + (lane & 15);
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         store_matrices(panel_unit(panel, row, j + (lane >> 4)), pack_bf16(c[j][0] * scale0, c[j][1] * scale0),

@@ -15,10 +15,10 @@ inline bool tensor_map_create(CUtensorMap *map, void *encode, const void *data, 
                               int64_t stride, int box_rows) {
     const cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)stride * 2};
     const cuuint32_t box[2] = {kPanelCols, (cuuint32_t)box_rows}, steps[2] = {1, 1};
-    return ((decltype(&cuTensorMapEncodeTiled))encode)(
-               map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes,
+                                                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // The box whose first element is [row][column]; the barrier counts its bytes.
