@@ -5,11 +5,13 @@
 // clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
 // one tile per worker warpgroup. Per wave a worker
 //     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to
-//        block c, each warp the rows that it has;
+//        block c, each warp the rows that it has, from registers;
 //     2. forms what the tile's tokens give each other, eq. (9), while
-//     3. two warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and send
+//     3. three warps of block c run the recurrence of eq. (8) over the wave's tiles for its 8 rows, in f32, and send
 //        each tile the state that it begins with, in bf16;
 //     4. adds the state's part and writes y.
+// The fourth warp beside the workers plans: it tells each worker its tiles and their gates ahead. Whole tiles are
+// loaded and stored by the copy engine; a tile in which a span begins or ends is copied row by row.
 // Blocks talk through distributed shared memory; each buffer is announced by an mbarrier that counts bytes. A worker,
 // with a tile or without, goes on to the next wave only after all 8 blocks have answered it, so no buffer is
 // overwritten before it was read.

@@ -65,7 +65,7 @@ constexpr int kWaveStages = 8; // waves are told three ahead
 
 struct WorkerShared {
     unsigned char k[2][kTileBytes], v[2][kTileBytes], q[kTileBytes];
-    unsigned char state[2][kTileBytes]; // S_t on its way out, then S^ as it comes in, then y on its way out
+    unsigned char state[2][kTileBytes]; // S^ as it comes in, then y on its way out
 };
 
 struct ClusterShared {
