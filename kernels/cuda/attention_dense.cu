@@ -93,43 +93,54 @@ static void set_cluster_launch(ClusterLaunch *launch, int n_clusters, cudaStream
 }
 
 struct ClusterLayout {
-    int n_items;
-    size_t counters_bytes, carry, n_bytes;
+    int n_items, carry_rows;
+    size_t n_bytes;
 };
 
 static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     const ts_batch *batch = args->batch;
+    const int heads = args->cache->n_kv_heads;
     ClusterLayout l = {};
     int64_t most = 0;
     for (int i = 0; i < batch->n_spans; i++) {
         const int64_t n_tiles = (batch->spans[i].position % kOpenRows + batch->spans[i].n_tokens + 63) / 64;
         most = n_tiles > most ? n_tiles : most;
     }
-    const int64_t pairs = (int64_t)batch->n_spans * args->cache->n_kv_heads;
-    l.n_items = (int)((most + kPieceTiles - 1) / kPieceTiles * pairs);
-    l.counters_bytes = (size_t)(pairs * kClusterBlocks) * sizeof(int);
-    l.carry = aligned(l.counters_bytes);
-    l.n_bytes = l.carry + (size_t)pairs * kCarryFloats * sizeof(float);
+    const int64_t n_pieces = (most + kPieceTiles - 1) / kPieceTiles;
+    l.n_items = (int)(n_pieces * batch->n_spans * heads);
+    if (n_pieces > 1) { // only a span of more than one piece needs a place, and those begin at least so many rows apart
+        const int64_t by_rows = batch->n_rows / kLeastCarried + 1;
+        l.carry_rows = by_rows < batch->n_spans ? kLeastCarried : 0;
+        l.n_bytes = (size_t)((l.carry_rows > 0 ? by_rows : batch->n_spans) * heads) * kCarryBytes;
+    }
     return l;
 }
 
-static ts_status launch_cluster(DenseArgs a, const ClusterLayout &l, int n_clusters, char *workspace,
-                                cudaStream_t stream) {
+static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan,
+                                const ClusterLayout &l, char *workspace, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(ClusterShared);
+    const int64_t rows = args->batch->n_rows;
     ClusterLaunch launch;
+    ClusterMaps maps;
     a.n_items = l.n_items;
-    a.counters = (int *)workspace;
-    a.slots = (float *)(workspace + l.carry);
+    a.carry = (unsigned char *)workspace;
+    a.carry_rows = l.carry_rows;
     cudaError_t error =
         cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
              cudaGetErrorString(error));
-    error = cudaMemsetAsync(workspace, 0, l.counters_bytes, stream);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its counters could not be cleared: %s",
+    if (l.n_bytes > 0)
+        error = cudaMemsetAsync(workspace, 0, l.n_bytes, stream);
+    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its workspace could not be cleared: %s",
              cudaGetErrorString(error));
-    set_cluster_launch(&launch, min(n_clusters, a.n_items), stream);
-    error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a);
+    TS_CHECK(tensor_map_create(&maps.qkv, plan->tensor_map_encode, a.qkvg, rows, (a.n_heads + 2 * a.n_kv_heads) * 64,
+                               a.stride, 64) &&
+                 tensor_map_create(&maps.y, plan->tensor_map_encode, a.y, rows, a.n_heads * 64, a.y_stride, 16),
+             TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements",
+             (long long)rows, (long long)a.stride, (long long)a.y_stride);
+    set_cluster_launch(&launch, min(plan->n_clusters, a.n_items), stream);
+    error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a, maps);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s",
              cudaGetErrorString(error));
 done:
@@ -152,6 +163,8 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
     using namespace ts;
     ts_status status = TS_OK;
     int device = 0, major = 0, minor = 0, n_multiprocessors = 0, n_clusters = 0;
+    void *encode = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
     ClusterLaunch launch;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
@@ -166,12 +179,16 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
                                      (int)sizeof(ClusterShared));
         if (error == cudaSuccess)
             error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &launch.config);
+        if (error == cudaSuccess)
+            error =
+                cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
     }
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s",
              cudaGetErrorString(error));
     plan->n_multiprocessors = n_multiprocessors;
-    plan->capability = major == 9 && n_clusters > 0 ? 90 : 80;
+    plan->capability = major == 9 && n_clusters > 0 && encode != nullptr ? 90 : 80;
     plan->n_clusters = n_clusters;
+    plan->tensor_map_encode = encode;
 done:
     return status;
 }
@@ -226,7 +243,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     a.wanted_runs = l.wanted;
     a.slots = (float *)base;
     if (in_clusters) {
-        TS_TRY(launch_cluster(a, in, plan->n_clusters, base, on));
+        TS_TRY(launch_cluster(a, args, plan, in, base, on));
     } else {
         auto *launch = d == 64 ? launch_both<64, false> : hopper ? launch_both<128, true> : launch_both<128, false>;
         TS_TRY(launch(a, l, on));

@@ -12,9 +12,9 @@ __device__ __forceinline__ double log_sigmoid_exact(float x) {
     return fmin((double)x, 0.0) - log1p(exp(-fabs((double)x)));
 }
 
-// Tokens are counted from the last whole chunk, or from the first open token where the span completes none; those before
-// the span are in the open buffers. Eqs. (2) to (5), and the pairs of the tiles that the span completes. One block a
-// (span, KV head).
+// Tokens are counted from the last whole chunk, or from the first open token where the span completes none; those
+// before the span are in the open buffers. Eqs. (2) to (5), and the pairs of the tiles that the span completes. One
+// block a (span, KV head).
 template <int D>
 __global__ void __launch_bounds__(2 * D) end_spans(const DenseArgs a, int tile_size, double decay_temperature) {
     using shares = row_shares<bf16, D, 2 * D>;
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(2 * D) end_spans(const DenseArgs a, int tile_s
     double *open_c = a.open_c + head * kOpenRows;
     const auto gate_of = [&](int m) { return sigmoid(__bfloat162float(rows[m * a.stride + gate_column])); };
     if (tid < n && tid >= n_open)
-        c_of[tid] = log_sigmoid_exact(__bfloat162float(rows[tid * a.stride + gate_column + a.n_kv_heads])) /
-                    decay_temperature;
+        c_of[tid] =
+            log_sigmoid_exact(__bfloat162float(rows[tid * a.stride + gate_column + a.n_kv_heads])) / decay_temperature;
     else if (tid < n)
         c_of[tid] = open_c[tid];
     __syncthreads();

@@ -31,10 +31,11 @@ struct DenseArgs {
     int16_t *state_rest;
     double *open_c, *decay_end;
     int64_t *pairs;
-    float *slots;    // of runs; in clusters, what a piece leaves to the next
-    int wanted_runs; // of a long span
-    int *counters;   // in clusters: pieces done
-    int n_items;     // in clusters: pieces
+    float *slots;         // of runs
+    int wanted_runs;      // of a long span
+    int n_items;          // in clusters: pieces
+    unsigned char *carry; // in clusters: what a piece leaves to the next, for each span or, where carry_rows > 0, for
+    int carry_rows;       // so many rows of the batch
 };
 
 __device__ __forceinline__ float log_sigmoid(float x) {

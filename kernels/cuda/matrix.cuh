@@ -47,7 +47,7 @@ template <int N> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Ordinary shared-memory writes of this thread become visible to wgmma, after the next barrier.
+// Ordinary shared-memory writes of this thread become visible to wgmma and the copy engine, after the next barrier.
 __device__ __forceinline__ void publish_to_wgmma() {
 #if TS_HAS_WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -60,6 +60,12 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                  : "r"(from)
                  : "memory");
+    return r;
+}
+
+__device__ __forceinline__ uint32_t load_shared4(uint32_t from) {
+    uint32_t r;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(from) : "memory");
     return r;
 }
 
@@ -137,6 +143,19 @@ __device__ __forceinline__ uint32_t feature_map(uint32_t pair) {
     return *reinterpret_cast<const uint32_t *>(&r);
 }
 
+// The same times 2^log_scale; scale is that number in bf16, twice.
+__device__ __forceinline__ uint32_t feature_map(uint32_t pair, float log_scale, uint32_t scale) {
+    constexpr float log2_e = 1.4426950408889634f;
+    const __nv_bfloat162 x = *reinterpret_cast<__nv_bfloat162 *>(&pair);
+    const __nv_bfloat162 zero = __nv_bfloat162{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};
+    const __nv_bfloat162 by = *reinterpret_cast<__nv_bfloat162 *>(&scale);
+    __nv_bfloat162 below = __hmin2(x, zero), above = __hfma2(x, by, by);
+    const uint32_t b = *reinterpret_cast<uint32_t *>(&below);
+    uint32_t e = pack_bf16(exp2_fast(low_of(b) * log2_e + log_scale), exp2_fast(high_of(b) * log2_e + log_scale));
+    const __nv_bfloat162 r = __hmax2_nan(above, *reinterpret_cast<__nv_bfloat162 *>(&e));
+    return *reinterpret_cast<const uint32_t *>(&r);
+}
+
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -204,10 +223,16 @@ __device__ __forceinline__ void group_hold(Accumulator &c) {
             asm volatile("" : "+f"(c[j][i])::"memory");
 }
 
+__device__ __forceinline__ void group_hold(float (&c)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm volatile("" : "+f"(c[i])::"memory");
+}
+
 // The warp's [16, 64] accumulator, its rows scaled, as bf16 to rows first_row ... of a panel.
 __device__ __forceinline__ void store_accumulator(uint32_t panel, int first_row, const Accumulator &c, float scale0,
-                                                  float scale1) {
-    const int lane = threadIdx.x & 31, row = first_row + (lane & 15);
+                                                  float scale1, int lane = threadIdx.x & 31) {
+    const int row = first_row + (lane & 15);
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
         store_matrices(panel_unit(panel, row, j + (lane >> 4)), pack_bf16(c[j][0] * scale0, c[j][1] * scale0),
@@ -246,6 +271,59 @@ __device__ __forceinline__ void group_product(Accumulator &c, const uint32_t (&a
                    "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
                    "+f"(c[7][2]), "+f"(c[7][3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(columns));
+#endif
+}
+
+// Of a panel with k along rows, and eight columns more: those of 16 rows `beside`, at a higher address.
+__device__ __forceinline__ uint64_t panel_descriptor(uint32_t address, uint32_t beside) {
+    return panel_descriptor(address) - ((uint64_t)1 << 16) + ((uint64_t)((beside - address) >> 4) << 16);
+}
+
+// The panel 16 * step rows further, the columns more from the same place.
+__device__ __forceinline__ uint64_t panel_step(uint64_t descriptor, int step) {
+    return descriptor + 128 * step - ((uint64_t)(128 * step) << 16);
+}
+
+// group_product<1> with the eight columns more, of which `sums` has the products.
+__device__ __forceinline__ void group_product(Accumulator &c, float (&sums)[4], const uint32_t (&a)[4], uint64_t b,
+                                              int accumulate) {
+#if TS_HAS_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %41, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35}, "
+                 "{%36, %37, %38, %39}, %40, p, 1, 1, 1;\n"
+                 "}\n"
+                 : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+                   "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                   "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+                   "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                   "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+                   "+f"(c[7][2]), "+f"(c[7][3]), "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+#endif
+}
+
+// Descriptor of a row of 16 bf16 as the first of eight columns of b; the others are what lies behind it in memory.
+__device__ __forceinline__ uint64_t column_descriptor(uint32_t address) {
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)8 << 32;
+}
+
+// The warpgroup's a [64, 16] from registers times 8 such columns.
+__device__ __forceinline__ void group_product_columns(float (&c)[4], const uint32_t (&a)[4], uint64_t b,
+                                                      int accumulate) {
+#if TS_HAS_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %9, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n"
+                 "}\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 #endif
 }
 

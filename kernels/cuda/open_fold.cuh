@@ -73,8 +73,7 @@ __device__ __forceinline__ void fold_state(A *state, int16_t *state_rest, int64_
             if constexpr (sizeof(A) == 2)
                 store_split8(state, state_rest, at + i * kParts * D, sums[i]);
             else
-                *(float4 *)(state + at + i * kParts * D) =
-                    make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+                *(float4 *)(state + at + i * kParts * D) = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
         }
     }
 }
