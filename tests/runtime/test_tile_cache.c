@@ -323,13 +323,14 @@ Test(tile_cache, bytes_of_pages_and_sequences) {
                  4 * (2 * 64 * 64 * 4 + 64 * 8 + 64 * 4 + 8 + 64 * 64 * 4 + 64 * 4 + 16 + 4));
 }
 
-// Open tile and S^ in BF16, and a gate a token; in dense form what BF16 leaves out of S^ stands beside it.
+// Open rows and S^ in BF16, and a gate a row: those of a tile, or in dense form the 16 after which they are folded into
+// S^, beside which stands what BF16 leaves out of it.
 Test(tile_cache, bytes_of_bf16_sequences) {
     ts_tile_cache_shape shape = dense, sparse = sparse_shape(0, 1, 2, 1);
     shape.open_dtype = sparse.open_dtype = TS_BF16;
-    const size_t rest = 64 * 4 + 64 * 8 + 64 * 4 + 8 + 64 * 4 + 16 + 4, open = 2 * 64 * 64 * 2;
-    cr_assert_eq(ts_tile_cache_sequence_bytes(&sparse), 4 * (open + rest + 64 * 64 * 2));
-    cr_assert_eq(ts_tile_cache_sequence_bytes(&shape), 4 * (open + rest + 64 * 64 * 4));
+    const size_t row = 2 * 64 * 2 + 4 + 8, rest = 64 * 4 + 8 + 64 * 4 + 16 + 4;
+    cr_assert_eq(ts_tile_cache_sequence_bytes(&sparse), 4 * (64 * row + rest + 64 * 64 * 2));
+    cr_assert_eq(ts_tile_cache_sequence_bytes(&shape), 4 * (16 * row + rest + 64 * 64 * 4));
 }
 
 Test(tile_cache, a_reused_row_of_bf16_begins_from_zero) {
