@@ -92,8 +92,8 @@ template <int D> __device__ __forceinline__ void state_store(const RunningState<
     }
 }
 
-// The state that the span begins with: the cache's, with the tokens of the open tile folded in. Returns the log of the
-// open tile's decay, in powers of 2.
+// The state that the span begins with: the cache's, with the open tokens folded in. Returns the log of their
+// decay, in powers of 2.
 template <int D>
 __device__ __forceinline__ double state_begin(const DenseArgs &a, const Run &run, int64_t at, RunningState<D> &r) {
     const int n_open = (int)run.span.position;
@@ -154,7 +154,7 @@ template <int D> __device__ __forceinline__ double state_append(RunningState<D> 
     return log_decay;
 }
 
-// The state that the next open tile begins with goes to the cache.
+// The state at the span's last whole chunk goes to the cache; end_spans folds what follows.
 template <int D>
 __device__ __forceinline__ void state_end(const DenseArgs &a, int64_t at, const RunningState<D> &r, double log_sum) {
     const int row = first_feature();
