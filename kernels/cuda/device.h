@@ -2,7 +2,7 @@
 #ifndef TS_CUDA_DEVICE_H
 #define TS_CUDA_DEVICE_H
 
-#include "kernels/cuda/attention_dense.h"
+#include "kernels/cuda/attention/dense/attention_dense.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/ops.h"
 

@@ -1,4 +1,4 @@
-#include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention/attention.h"
 
 // Attention's scratch holds what tile_importance and tile_prune need, too.
 static size_t scratch_bytes(const ts_device *device, const ts_run_limits *limits) {

@@ -4,7 +4,7 @@
 //         correctness, of all head sizes or one: lengths, spans, groups of heads, strong decay, chained calls, packing
 //     test.kernels.attention_dense_cuda time [N [verify]]
 //         median of 25 calls at B 1, H 16, for head sizes 64 and 128, rotating input sets
-#include "kernels/cuda/attention_dense.h"
+#include "kernels/cuda/attention/dense/attention_dense.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,0 +1,410 @@
+// Rule 3 for every event of a batch, in groups of neighbouring events of a span, since those hold and select mostly the
+// same tiles. A call works on one wave of groups, whose lists fit the workspace.
+//
+// One block a group and KV head: scores of the tiles held at any event of the group, and the weights of those that any
+// event selects, in a list. Candidates come in ranges of 32. A tile's score is at most e^E max(q) sum(z), which its key
+// holds already, so the tiles of a range are not scored one by one where the largest key shows that no event can select
+// any. Such a range counts in the sum of scores by its tiles' decayed mass or, where all ranges alike would together
+// add less than 2^-24, not at all. Scores decide, so they are to have f32's precision: on the matrix units, z and mean
+// queries as sums of three BF16 numbers each. Bound by latency.
+#include "kernels/cuda/attention/attention.cuh"
+#include "kernels/cuda/primitives/warp_matrix.cuh"
+
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
+constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
+constexpr int kAtOnce = kThreads / kShares;            // candidates
+constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
+constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
+template <int D> constexpr int kQueryPitch = D + 8;
+template <int D>
+constexpr int
+    kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
+
+struct event_group {
+    int span, n_events, n_held;
+    int64_t first, first_closed, first_tile; // its first event within the span; event 0 of the span; its tile
+    int32_t sequence;
+    int64_t held_at; // of held_deaths
+};
+
+__device__ event_group group_of(const ts_cuda_attention &a, int64_t group, int j) {
+    int low = 0, high = a.pieces.n_spans;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (a.pieces.group_begin[middle] <= group)
+            low = middle;
+        else
+            high = middle;
+    }
+    event_group out;
+    out.span = low;
+    out.first = (group - a.pieces.group_begin[low]) * kGroup;
+    out.first_closed = a.pieces.closed_begin[low];
+    const int64_t left = a.pieces.closed_begin[low + 1] - out.first_closed - out.first;
+    out.n_events = (int)(left < kGroup ? left : kGroup);
+    out.first_tile = ts::first_tile_of(a, low);
+    out.sequence = a.spans[low].sequence;
+    out.n_held = a.cache.n_held[ts::head_of(a, out.sequence, j)];
+    out.held_at = ts::held_at(a, low, j);
+    return out;
+}
+
+// A candidate: where it lies, and at which of `n` events from `first` on it is held.
+struct candidate {
+    int64_t at, tile; // at: page, or ~index in tile_states
+    double end;
+    unsigned held; // bit g: event first + g
+};
+
+// id: a slot, or ~event of the span.
+__device__ candidate candidate_of(const ts_cuda_attention &a, const event_group &group, int j, int64_t id,
+                                  int64_t first, int n) {
+    candidate out = {0, 0, 0, 0};
+    int64_t born = 0, death;
+    if (id >= 0) {
+        if (id >= group.n_held)
+            return out;
+        death = ts::death_at(a.held_deaths, group.held_at + id);
+        if (death > first) {
+            out.at = ts::page_of(a, group.sequence, j, id);
+            out.tile = a.cache.slot_tile[out.at];
+            out.end = a.cache.slot_decay_end[out.at];
+        }
+    } else {
+        born = ~id;
+        if (n == 0 || born >= first + n) // with n, tiles up to there complete
+            return out;
+        const int64_t closed = group.first_closed + born, by_head = j * a.pieces.n_closed + closed;
+        death = ts::death_at(a.tile_deaths, by_head);
+        out.at = ts::tile_place(a, group.span, group.sequence, closed, j);
+        out.tile = group.first_tile + born;
+        out.end = a.tile_ends[by_head];
+    }
+    const int64_t begin = max((int64_t)0, born - first), end = min((int64_t)n, death - first);
+    if (begin < end)
+        out.held = (1u << end) - (1u << begin);
+    return out;
+}
+
+// scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
+// half of the events. Rows without a tile are of whatever lies at `any`.
+template <int D>
+__device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
+                                            float *scores) {
+    constexpr int kRowBlocks = kAtOnce / 16, kAhead = 2; // kAhead: steps whose loads are under way together
+    static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
+    const int row = warp % kRowBlocks * 16 + lane / 4, first_event = warp / kRowBlocks * (kGroup / 2);
+    const float *z[2] = {mass_of[row], mass_of[row + 8]};
+    if (!__any_sync(~0u, z[0] || z[1]))
+        return;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        z[r] = (z[r] ? z[r] : any) + column;
+    float sums[2][4] = {};
+#pragma unroll 1
+    for (int k0 = 0; k0 < D; k0 += 16 * kAhead) {
+        float2 x[kAhead][4];
+#pragma unroll
+        for (int k = 0; k < kAhead; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                x[k][i] = *(const float2 *)(z[i % 2] + k0 + 16 * k + i / 2 * 8);
+#pragma unroll
+        for (int k = 0; k < kAhead; k++) {
+            uint32_t parts[kParts][4];
+#pragma unroll
+            for (int part = 0; part < kParts; part++) {
+                uint32_t q[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    parts[part][i] = ts::pack(x[k][i].x, x[k][i].y);
+                    x[k][i].x -= ts::low_of(parts[part][i]);
+                    x[k][i].y -= ts::high_of(parts[part][i]);
+                }
+                ts::load_b_transposed(q, queries + (kParts - 1 - part) * kGroup * kQueryPitch<D>, kQueryPitch<D>,
+                                      k0 + 16 * k, first_event);
+#pragma unroll
+                for (int of_z = 0; of_z <= part; of_z++) { // with what the queries' part may still change
+                    ts::multiply_add(sums[0], parts[of_z], q[0], q[1]);
+                    ts::multiply_add(sums[1], parts[of_z], q[2], q[3]);
+                }
+            }
+        }
+    }
+    float *to = scores + row * kScorePitch + first_event + column;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        ts::store2(to + 8 * n, sums[n][0], sums[n][1]);
+        ts::store2(to + 8 * kScorePitch + 8 * n, sums[n][2], sums[n][3]);
+    }
+}
+
+// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots
+// in the list; pass 2 decides and writes the list over what it has read.
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2)
+    choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
+    extern __shared__ float4 memory[];
+    float *const scores = (float *)memory;
+    ts::bf16 *const queries =
+        (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
+    __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
+    __shared__ double lowest[2];         // keys below which no event selects a tile, and below which tiles do not count
+    __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
+    __shared__ int counts[kWarps];
+    __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
+    __shared__ const float *mass_of[kAtOnce];
+    const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
+    const int share = tid % kShares, g0 = share * kEvents, place = tid / kShares;
+    const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.x; // the latest first: they have most candidates
+    const event_group group = group_of(a, a.first_group + in_wave, j);
+    const ts_sparsity &rules = a.cache.sparsity;
+    if (tid < kGroup) {
+        ends[tid] =
+            tid < group.n_events ? a.tile_ends[j * a.pieces.n_closed + group.first_closed + group.first + tid] : 0.0;
+        largest[tid] = 0;
+    }
+    if (tid < 2)
+        lowest[tid] = -INFINITY;
+    __syncthreads();
+    constexpr int kLoads = kGroup * D / kThreads;
+    const int64_t first_piece = a.pieces.closed_pieces[group.first_closed + group.first]; // each event's follows
+    float loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int g = (tid + i * kThreads) / D, e = tid % D;
+        loaded[i] = g < group.n_events ? a.query_sums[((first_piece + g) * n_kv + j) * D + e] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+        const int g = (tid + i * kThreads) / D, e = tid % D;
+        const float q = loaded[i];
+        float left = q;
+#pragma unroll
+        for (int part = 0; part < kParts; part++) {
+            const ts::bf16 x = __float2bfloat16_rn(left);
+            queries[(part * kGroup + g) * kQueryPitch<D> + e] = x;
+            left -= __bfloat162float(x);
+        }
+        const unsigned of_warp = __reduce_max_sync(~0u, __float_as_uint(q));
+        if (tid % 32 == 0)
+            atomicMax(&largest[g], of_warp);
+    }
+    __syncthreads();
+    const int64_t first = group.first + g0; // this thread's first event
+    const int n_events = max(0, min(kEvents, group.n_events - g0));
+    const int64_t list = (in_wave * n_kv + j) * a.list_stride;
+    const int64_t n_held_ranges = (group.n_held + kRange - 1) / kRange, own = group.first / kRange;
+    const int64_t held_ranges_at = ts::held_ranges_at(a, group.span, j);
+    const int64_t tiles_at = j * a.pieces.n_groups + a.pieces.group_begin[group.span];
+    const ts_cuda_range *held_ranges = a.held_ranges + held_ranges_at, *tile_ranges = a.tile_ranges + tiles_at;
+
+    int64_t n_kept = 0;
+    double totals[kEvents] = {};
+    // Dots with the tile whose z is at `mass`, of this thread's candidate; NULL: none.
+    const auto dots_with = [&](const float *mass, float(&dots)[kEvents]) {
+        if (share == 0)
+            mass_of[place] = mass;
+        __syncthreads();
+        score_tiles<D>(mass_of, a.tile_masses, queries, scores);
+        __syncthreads();
+        const float4 x = ts::load4(scores + place * kScorePitch + g0),
+                     y = ts::load4(scores + place * kScorePitch + g0 + 4);
+        dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
+        dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
+    };
+    const auto score = [&](int n_ranges) {
+        for (int r0 = 0; r0 < n_ranges; r0 += kAtOnce / kRange) {
+            const int r = r0 + place / kRange;
+            const bool there = r < n_ranges;
+            const int64_t range = ranges[there ? r : 0], at = list + n_kept + r * kRange + place % kRange;
+            const int64_t id = range >= 0 ? range * kRange + place % kRange : ~(~range * kRange + place % kRange);
+            candidate c = {0, 0, 0, 0};
+            if (there)
+                c = candidate_of(a, group, j, id, first, n_events);
+            const unsigned held = __ballot_sync(~0u, c.held != 0) >> (tid % 32 / kShares * kShares);
+            const bool is_held = (held & (1u << kShares) - 1) != 0; // at any event
+            float dots[kEvents];
+            dots_with(!is_held  ? NULL
+                      : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
+                                : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
+                      dots);
+#pragma unroll
+            for (int g = 0; g < kEvents; g++)
+                if (c.held >> g & 1u)
+                    totals[g] += (double)ts::reach_of(ends[g0 + g] - c.end) * (double)dots[g];
+            if (!there)
+                continue;
+            if (share == 0)
+                a.list_at[at] = id;
+#pragma unroll
+            for (int g = 0; g < kEvents; g += 4)
+                ts::store4(a.list_weights + at * kGroup + g0 + g,
+                           make_float4(dots[g], dots[g + 1], dots[g + 2], dots[g + 3]));
+        }
+        n_kept += n_ranges * kRange;
+    };
+    // Sums so far, to `thresholds`.
+    const auto total = [&]() {
+#pragma unroll
+        for (int g = 0; g < kEvents; g++) {
+            double sum = totals[g];
+#pragma unroll
+            for (int step = kShares; step < 32; step *= 2)
+                sum += __shfl_xor_sync(~0u, sum, step);
+            if (tid % 32 < kShares)
+                sums[tid / 32][g0 + g] = sum;
+        }
+        __syncthreads();
+        if (tid < kGroup) {
+            double sum = 0;
+            for (int i = 0; i < kWarps; i++)
+                sum += sums[i][tid];
+            thresholds[tid] = sum;
+        }
+        __syncthreads();
+    };
+
+    // First the newest ranges, whose sums bound the totals from below; then, of the others, those that this leaves.
+    const int n_newest = (int)min((int64_t)(kAtOnce / kRange), own + 1);
+    const int64_t first_recent = group.first_tile + group.first + 1 - rules.recent_tiles; // tile, at the first event
+    const int64_t n_others = n_held_ranges + own + 1 - n_newest;
+    for (int64_t i0 = -kThreads; i0 < n_others; i0 += kThreads) {
+        const bool are_newest = i0 < 0;
+        const int64_t i = i0 + tid;
+        bool needed = are_newest && tid < n_newest, counts_whole = false;
+        int64_t range = ~(own - tid);
+        if (!are_newest && i < n_others) {
+            const double lowest_selected = lowest[0], lowest_counted = lowest[1];
+            const bool is_held = i < n_held_ranges;
+            range = is_held ? i : ~(i - n_held_ranges);
+            const ts_cuda_range bounds = is_held ? held_ranges[i] : tile_ranges[i - n_held_ranges];
+            // Whether its decayed mass is that of the tiles held throughout the group (ranges_kernel).
+            const bool is_whole = (is_held || ~range + 2 <= own) && bounds.first_death >= group.first + group.n_events;
+            needed =
+                bounds.newest >= first_recent || !(bounds.largest_key < (is_whole ? lowest_selected : lowest_counted));
+            needed = needed && bounds.last_death > group.first;
+            counts_whole = is_whole && !needed && !(bounds.largest_key < lowest_counted);
+        }
+        int n, n_whole;
+        const int rank = ts::rank_in_block<kWarps>(needed, counts, &n);
+        if (needed)
+            ranges[rank] = range;
+        const int rank_whole = ts::rank_in_block<kWarps>(counts_whole, counts, &n_whole);
+        if (counts_whole)
+            sums_only[rank_whole] = range;
+        __syncthreads();
+        score(n);
+        for (int r0 = 0; r0 < n_whole; r0 += kAtOnce) {
+            const bool there = r0 + place < n_whole;
+            const int64_t whole = sums_only[there ? r0 + place : 0];
+            const double end = there ? (whole >= 0 ? held_ranges + whole : tile_ranges + ~whole)->end : 0.0;
+            float dots[kEvents];
+            dots_with(!there       ? NULL
+                      : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
+                                   : a.tile_range_masses + (tiles_at + ~whole) * D,
+                      dots);
+#pragma unroll
+            for (int g = 0; g < kEvents; g++)
+                if (there && g < n_events)
+                    totals[g] += (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g];
+        }
+        if (!are_newest)
+            continue;
+        total();
+        if (tid < kGroup && rules.skip_share > 0) {
+            const double n_candidates = (double)(n_held_ranges + own + 1) * kRange;
+            // 1e-3: more than the rounding of the scores, which are sums of f32 products.
+            double unit = log(thresholds[tid]) - ends[tid] - log((double)__uint_as_float(largest[tid])) - 1e-3;
+            unit = tid >= group.n_events ? INFINITY : isnan(unit) ? -INFINITY : unit;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                unit = fmin(unit, __shfl_xor_sync(~0u, unit, step));
+            if (tid == 0) {
+                lowest[0] = unit + log(rules.skip_share);
+                lowest[1] = unit + fmin(log(rules.skip_share), log(0x1p-24 / n_candidates));
+            }
+        }
+        __syncthreads();
+    }
+    total();
+    if (tid < kGroup)
+        thresholds[tid] *= rules.skip_share;
+    __syncthreads();
+
+    int n_listed = 0, n_selected = 0; // n_selected: by this thread, of all events
+    for (int64_t k0 = 0; k0 < n_kept; k0 += kAtOnce) {
+        candidate c = {0, 0, 0, 0};
+        float dots[kEvents] = {}, reach[kEvents];
+        if (k0 + place < n_kept) {
+            const int64_t at = list + k0 + place;
+            c = candidate_of(a, group, j, a.list_at[at], first, n_events);
+#pragma unroll
+            for (int g = 0; g < kEvents; g += 4) {
+                const float4 x = ts::load4(a.list_weights + at * kGroup + g0 + g);
+                dots[g] = x.x, dots[g + 1] = x.y, dots[g + 2] = x.z, dots[g + 3] = x.w;
+            }
+        }
+        bool any = false;
+#pragma unroll
+        for (int g = 0; g < kEvents; g++) {
+            const bool held = c.held >> g & 1u;
+            reach[g] = held ? ts::reach_of(ends[g0 + g] - c.end) : 0.0f;
+            const double score_of = (double)reach[g] * (double)dots[g];
+            const bool selected = held && (group.first_tile + first + g + 1 - c.tile <= rules.recent_tiles ||
+                                           c.tile < rules.sink_tiles || !(score_of < thresholds[g0 + g]));
+            if (!selected)
+                reach[g] = 0.0f;
+            any = any || reach[g] > 0.0f;
+            n_selected += selected;
+        }
+        const bool listed = (__ballot_sync(~0u, any) >> (tid % 32 / kShares * kShares) & (1u << kShares) - 1) != 0;
+        int n;
+        const int rank = ts::rank_in_block<kWarps>(listed && share == 0, counts, &n); // all have read the list
+        const int64_t at = list + n_listed + __shfl_sync(~0u, rank, tid % 32 / kShares * kShares);
+        if (listed) {
+            if (any)
+                a.list_at[at] = c.at;
+            if (as_bf16)
+                ts::store_packed((ts::bf16 *)(a.list_weights + at * kGroup) + g0, reach);
+            else
+#pragma unroll
+                for (int g = 0; g < kEvents; g += 4)
+                    ts::store4(a.list_weights + at * kGroup + g0 + g,
+                               make_float4(reach[g], reach[g + 1], reach[g + 2], reach[g + 3]));
+        }
+        n_listed += n;
+    }
+    const int n_all = ts::block_sum(n_selected, counts);
+    if (tid == 0) {
+        const ts_span span = a.spans[group.span];
+        const int64_t T = a.cache.tile_size, row = span.row - span.position + (group.first_tile + group.first + 1) * T;
+        const int64_t n_rows = min(span.row + span.n_tokens - row, kGroup * T);
+        a.lists[in_wave * n_kv + j] = {
+            group.first_closed + group.first, row, (int)n_rows, n_listed, group.n_events, group.sequence};
+        const unsigned long long n = (unsigned long long)group.n_events;
+        const unsigned long long available = n * (unsigned long long)(group.first_tile + group.first) + n * (n + 1) / 2;
+        // Integers: the order in which blocks add does not matter.
+        unsigned long long *pairs = (unsigned long long *)a.cache.pairs + 2 * ts::head_of(a, group.sequence, j);
+        atomicAdd(pairs, available);
+        atomicAdd(pairs + 1, (unsigned long long)n_all);
+    }
+}
+
+template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+    (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
+    choose_kernel<D>
+        <<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>, stream>>>(
+            *a, ts_cuda_attention_sums_bf16(a));
+}
+
+} // namespace
+
+ts_status ts_cuda_tile_choose(cudaStream_t stream, const ts_cuda_attention *a) {
+    a->cache.head_dim == 64 ? launch<64>(stream, a) : launch<128>(stream, a);
+    return ts_cuda_status(cudaGetLastError(), "attention: choice of tiles");
+}
