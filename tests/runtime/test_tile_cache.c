@@ -398,3 +398,16 @@ Test(tile_cache, plan_that_memory_cannot_hold) {
     cr_assert_eq(ts_memory_plan_check(&plan, "cuda", SIZE_MAX, 700), TS_ERR_MEMORY);
     cr_assert_eq(ts_memory_plan_check(&(ts_memory_plan){.cache_bytes = SIZE_MAX}, "cuda", 0, 700), TS_ERR_MEMORY);
 }
+
+static size_t no_scratch(const ts_device *on, const ts_run_limits *limits) {
+    return 0;
+}
+
+Test(tile_cache, plan_leaves_more_where_scratch_is_not_known) {
+    const ts_ops unknown = {.name = "unknown"};
+    ts_device on = {.ops = &unknown};
+    cr_assert_eq(ts_memory_plan_usable(&on, 800), 700);
+    const ts_ops known = {.name = "known", .scratch_bytes = no_scratch};
+    on.ops = &known;
+    cr_assert_eq(ts_memory_plan_usable(&on, 800), 775);
+}
