@@ -27,12 +27,21 @@ static size_t aligned(size_t n) {
     return (n + 255) / 256 * 256;
 }
 
+// Runs that a long span is cut into.
+static int wanted_runs(const ts_tile_cache_layer *cache, const ts_cuda_attention_dense_plan *plan) {
+    const int blocks =
+        cache->head_dim == 64 ? DenseShape<64>::blocks_per_multiprocessor : DenseShape<128>::blocks_per_multiprocessor;
+    return max(min(plan->n_multiprocessors * blocks / cache->n_kv_heads, kMostRuns), 1);
+}
+
+static size_t slot_bytes(const ts_tile_cache_layer *cache, size_t n_slots) {
+    return aligned(n_slots * (size_t)(cache->n_kv_heads * slot_floats(cache->head_dim)) * sizeof(float));
+}
+
 static RunsLayout runs_layout_of(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
     const ts_batch *batch = args->batch;
-    const int d = args->cache->head_dim, heads = args->cache->n_kv_heads;
-    const int blocks = d == 64 ? DenseShape<64>::blocks_per_multiprocessor : DenseShape<128>::blocks_per_multiprocessor;
     RunsLayout l = {};
-    l.wanted = max(min(plan->n_multiprocessors * blocks / heads, kMostRuns), 1);
+    l.wanted = wanted_runs(args->cache, plan);
     size_t n_slots = 0;
     for (int i = 0; i < batch->n_spans; i++) {
         const SpanRuns cut = span_runs(batch->spans[i], l.wanted);
@@ -40,7 +49,7 @@ static RunsLayout runs_layout_of(const ts_attention_args *args, const ts_cuda_at
         n_slots += (size_t)cut.n_slots;
     }
     l.n_state_runs = l.n_runs - batch->n_spans;
-    l.n_bytes = aligned(n_slots * (size_t)(heads * slot_floats(d)) * sizeof(float));
+    l.n_bytes = slot_bytes(args->cache, n_slots);
     return l;
 }
 
@@ -144,6 +153,11 @@ template <typename Pieces> static ClusterLayout cluster_layout(const ts_attentio
     return l;
 }
 
+// Bytes that no batch of so many rows and spans needs more of.
+template <typename Pieces> static size_t most_carried(int64_t rows, int64_t spans, int heads) {
+    return (size_t)(min(rows / Pieces::least_carried + 1, spans) * heads) * Pieces::carry_bytes;
+}
+
 static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
     return args->cache->head_dim == 64 ? cluster_layout<TilePieces>(args) : cluster_layout<WidePieces>(args);
 }
@@ -195,6 +209,19 @@ static bool use_cluster(const ts_cuda_attention_dense_plan *plan) {
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args,
                                                     const ts_cuda_attention_dense_plan *plan) {
     return ts::use_cluster(plan) ? ts::cluster_layout_of(args).n_bytes : ts::runs_layout_of(args, plan).n_bytes;
+}
+
+extern "C" size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *limits,
+                                                         const ts_cuda_attention_dense_plan *plan) {
+    using namespace ts;
+    const ts_tile_cache_layer *cache = limits->cache;
+    const int64_t rows = limits->max_rows, spans = limits->max_spans;
+    if (use_cluster(plan))
+        return cache->head_dim == 64 ? most_carried<TilePieces>(rows, spans, cache->n_kv_heads)
+                                     : most_carried<WidePieces>(rows, spans, cache->n_kv_heads);
+    // Only spans of more than one run have slots, so many for every kLeastRun chunks begun.
+    const int64_t run_rows = (int64_t)kLeastRun * kChunk, cut = min(rows / (run_rows - kChunk) + 1, spans);
+    return slot_bytes(cache, (size_t)min(rows / run_rows + 2 * cut, cut * wanted_runs(cache, plan)));
 }
 
 extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan) {
