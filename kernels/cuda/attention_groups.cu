@@ -102,6 +102,20 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
         }
         ts::copy_commit();
     };
+    // Outputs of a tile's last head leave when the next tile's keys have been published, which would wait for them.
+    uint2 out[2][D / 16];
+    const auto store_outputs = [&](int event, int h) {
+        const int thread = thread_again(), row = thread % kTeam / 32 * 16 + thread % 32 / 4;
+        const int column = (j * group + h) * D + thread % 4 / 2 * 4 + (thread & 1) * 8, n_rows = rows.count(event);
+#    pragma unroll
+        for (int r = 0; r < 2; r++) {
+            bf16 *y = y0 + ((event * D + row + 8 * r) * y_stride + column);
+#    pragma unroll
+            for (int n = 0; n < D / 16; n++)
+                if (row + 8 * r < n_rows)
+                    *(uint2 *)(y + 16 * n) = out[r][n];
+        }
+    };
     const int first = (int)blockIdx.x * kOwn, end = min(first + kOwn, head.n_events);
     uint32_t values = ts::shared_address(s.values[team]);
     const auto has_rows = [&](int event) { return event < end && rows.count(event) > 0; };
@@ -131,6 +145,8 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
         }
         ts::publish_to_wgmma();
         team_sync(team);
+        if (event > first + team)
+            store_outputs(event - kTeams, group - 1);
         const bool goes_on = has_rows(event + kTeams);
         for (int h = 0; h < group; h++) {
             uint32_t q[kSteps][4];
@@ -225,22 +241,21 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
                     raw_q[k][0] = raw_q[k][1] = make_uint2(0, 0);
             }
             // Neighbouring lanes exchange words, so that each writes 8 bytes.
-            const int thread = thread_again(), odd = thread & 1;
-            const int row = thread % kTeam / 32 * 16 + thread % 32 / 4;
+            const int odd = thread_again() & 1;
 #    pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float scale = 1.0f / (below[2 * r] + a.normalizer_eps);
-                bf16 *y =
-                    y0 + ((event * D + row + 8 * r) * y_stride + (j * group + h) * D + thread % 4 / 2 * 4 + odd * 8);
 #    pragma unroll
-                for (int n = 0; n < D / 8; n += 2) {
-                    const uint32_t x = ts::pack(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
-                    const uint32_t z = ts::pack(acc[n + 1][2 * r] * scale, acc[n + 1][2 * r + 1] * scale);
+                for (int n = 0; n < D / 16; n++) {
+                    const float *left = acc[2 * n] + 2 * r, *right = acc[2 * n + 1] + 2 * r;
+                    const uint32_t x = ts::pack(left[0] * scale, left[1] * scale);
+                    const uint32_t z = ts::pack(right[0] * scale, right[1] * scale);
                     const uint32_t other = __shfl_xor_sync(~0u, odd ? x : z, 1);
-                    if (row + 8 * r < n_rows)
-                        *(uint2 *)(y + 8 * n) = odd ? make_uint2(other, z) : make_uint2(x, other);
+                    out[r][n] = odd ? make_uint2(other, z) : make_uint2(x, other);
                 }
             }
+            if (h + 1 < group || !goes_on)
+                store_outputs(event, h);
         }
         values = states;
     }

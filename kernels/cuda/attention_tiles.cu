@@ -280,8 +280,7 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     const int of_keys = ts::kStateStage<A, D>, of_state = D * kStatePitch<W, D> * (int)sizeof(W);
     const int bytes = of_keys + 2 * kWarps * D * (int)sizeof(float) + of_state;
     (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    tiles_kernel<A, S, D>
-        <<<(unsigned)(a->pieces.n_pieces * a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
+    tiles_kernel<A, S, D><<<(unsigned)(a->pieces.n_pieces * a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
 }
 
 } // namespace

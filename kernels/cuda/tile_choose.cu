@@ -23,8 +23,8 @@ template <int D> constexpr int kQueryPitch = D + 8;
 template <int kThreads_> struct block_shape {
     static constexpr int kThreads = kThreads_, kWarps = kThreads / 32, kAtOnce = kThreads / kShares; // candidates
     template <int D>
-    static constexpr int kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) +
-                                        kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
+    static constexpr int
+        kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
 };
 
 struct event_group {
@@ -107,7 +107,8 @@ __device__ __forceinline__ double about_log(double x) {
 template <int D, typename Shape>
 __device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
                                             float *scores) {
-    constexpr int kWarps = Shape::kWarps, kRowBlocks = Shape::kAtOnce / 16, kAhead = 2; // kAhead: steps whose loads are under way together
+    constexpr int kWarps = Shape::kWarps, kRowBlocks = Shape::kAtOnce / 16;
+    constexpr int kAhead = 2; // steps whose loads are under way together
     static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
     const int row = warp % kRowBlocks * 16 + lane / 4, first_event = warp / kRowBlocks * (kGroup / 2);
@@ -156,8 +157,8 @@ __device__ __forceinline__ void score_tiles(const float *const *mass_of, const f
     }
 }
 
-// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots
-// in the list; pass 2 decides and writes the list over what it has read.
+// Neighbouring threads have one candidate and a share of the events each: kAtOnce candidates at a time. Pass 1 keeps
+// the dots in the list; pass 2 decides and writes the list over what it has read.
 template <int D, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
