@@ -4,8 +4,8 @@
 // A cluster of four blocks has one group and KV head. Each block sums a quarter of S^'s rows for all events, so that a
 // state is read once for all of them, and sends every event's slice to the block that has its tile; then each works on
 // eight tiles. The product of weights and states is events by tiles by elements on the matrix units, weights rounded to
-// BF16. Two clusters share their multiprocessors, so that one reads while the other computes. What bounds it: reading
-// q, k, v and writing y.
+// BF16. A tile's products are wgmma's, of the warpgroup that has it. Two clusters share their multiprocessors, so that
+// one reads while the other computes. What bounds it: latency.
 //
 // Features are permuted within every 16: what a thread reads of q at once is then what it needs as an operand. Rows of
 // S^ and z^ and columns of k^ lie in that order; panels are those of matrix.cuh.
@@ -52,6 +52,7 @@ __device__ __noinline__ void leave_state(const ts_cuda_attention &a, const group
 // Eq. (9) for this block's tiles, in two teams.
 __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const ts_cuda_list &head, int j,
                              const group_rows &rows) {
+    static_assert(kTeam == 128, "a team is a warpgroup");
     constexpr int kSteps = D / 16, kVectors = D * kUnits / kTeam;
     const int team = threadIdx.x / kTeam, tid = threadIdx.x % kTeam, lane = tid % 32, warp = tid / 32;
     const head_columns columns(a, j);
