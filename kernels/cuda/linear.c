@@ -30,6 +30,10 @@ ts_status ts_cuda_linear(ts_device *base, const ts_linear_args *args) {
     if (args->x.rows == 0)
         goto done;
     TS_TRY(convert(base, args, &in.w));
+    if (ts_cuda_linear_few_applies(device, args, &in.w)) {
+        TS_TRY(ts_cuda_linear_few(device, args, &in.w, in.w.data == args->w.data));
+        goto done;
+    }
     in.epilogue = !fuses               ? CUBLASLT_EPILOGUE_DEFAULT
                   : args->bias && gelu ? CUBLASLT_EPILOGUE_GELU_BIAS
                   : args->bias         ? CUBLASLT_EPILOGUE_BIAS

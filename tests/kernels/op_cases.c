@@ -283,7 +283,7 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
         status = status ? status
                         : ts_op_linear(device, &(ts_linear_args){ts_tensor_rows(tx, 0, M), tw, c->bias ? &tb : NULL, y,
                                                                  c->gelu ? TS_ACTIVATION_GELU_TANH : TS_ACTIVATION_NONE,
-                                                                 c->row_invariant});
+                                                                 c->row_invariant, NULL});
         if (!case_ok(group, status, "linear"))
             break;
         float *got = case_download(device, &y);
