@@ -16,8 +16,6 @@
 namespace {
 
 constexpr int kHeadsAtOnce = 8; // query heads whose q^ is in shared memory
-constexpr unsigned kEarlyBlocks =
-    1024; // that begin before the kernel in front has ended: as many as find room beside it
 
 // What is computed in f64 and divided exactly under F32, and in f32 under BF16.
 template <typename A> struct decode_arithmetic {
@@ -188,25 +186,7 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     row_parts<A, kOpenRows, shape::kThreads, shape::kShared> keys(shared_rows + kStateRows * shape::kThreads);
     row_parts<A, kOpenRows, shape::kThreads, shape::kShared> values(shared_rows +
                                                                     (kStateRows + kOpenRows) * shape::kThreads);
-    const A *queries_at = row.q + j * group * D;
-    A first_query, logit;
-    uint4 new_key, new_value;
-    const auto ask_for_row = [&]() {
-        ts::wait_for_front();
-        first_query = queries_at[min(tid, group * D - 1)];
-        if (tid == 0)
-            logit = row.decay_gate[j];
-        else if (tid == 32)
-            logit = row.key_gate[j];
-        new_key = __ldcg((const uint4 *)(row.k + j * D + column));
-        new_value = __ldcg((const uint4 *)(row.v + j * D + column));
-    };
-    // What the block waits for first is asked for first; but while the kernel in front, which makes the token's row,
-    // may still run, the cache.
-    const bool may_be_early = blockIdx.x < kEarlyBlocks;
-    if (!may_be_early)
-        ask_for_row();
-    const double c_before = tid == 0 && n > 0 ? open_c[n - 1] : 0.0;
+    // The cache first: the kernel in front, which makes the token's row, may still run.
 #pragma unroll
     for (int i = 0; i < kStateRows; i++)
         state.ask(i, state_at + i * kParts * D, true);
@@ -217,9 +197,18 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
         values.ask(i, open_v + i * kParts * D, is_there);
     }
     ts::copy_commit();
-    if (may_be_early)
-        ask_for_row();
+    const double c_before = tid == 0 && n > 0 ? open_c[n - 1] : 0.0;
+    ts::wait_for_front();
     ts::let_next_begin();
+    const A *queries_at = row.q + j * group * D;
+    const A first_query = queries_at[min(tid, group * D - 1)];
+    A logit;
+    if (tid == 0)
+        logit = row.decay_gate[j];
+    else if (tid == 32)
+        logit = row.key_gate[j];
+    const uint4 new_key = __ldcg((const uint4 *)(row.k + j * D + column));
+    const uint4 new_value = __ldcg((const uint4 *)(row.v + j * D + column));
     if (shape::kDense && folds) { // asked for at last, and not to be waited for then
 #pragma unroll
         for (int i = 0; i < kStateRows; i++)

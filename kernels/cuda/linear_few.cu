@@ -21,11 +21,12 @@ int parts_of(int64_t n, int64_t k) {
 
 // What measured fastest for D 1024 on an H100 (docs/kernels.md).
 few_shape shape_of(int64_t n, int64_t k, int64_t rows) {
-    few_shape s = {parts_of(n, k), 8, 1, 4, 8, false};
+    const int parts = parts_of(n, k);
+    few_shape s = {parts, 8, 1, parts == 1 ? 6 : 4, 8, false};
     while (s.tokens < rows && s.tokens < 64)
         s.tokens *= 2;
     if (s.tokens == 64)
-        s = {s.n_parts, 64, 1, s.n_parts == 1 ? 6 : 4, 6, false};
+        s.x_stages = 6;
     if (rows > 64 && s.n_parts > 1) // more blocks for a longer sum: the exchange takes its time
         s = {s.n_parts, 64, rows > 128 && k <= 8 * ts::kFewDepth ? 4 : 2, 4, 8, true};
     else if (rows > 128)
