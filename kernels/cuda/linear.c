@@ -1,4 +1,5 @@
-// y = activation(x w^T + bias) by cuBLASLt, which sees columns where we see rows: y^T [N, M] = w [N, K] x^T [K, M].
+// y = activation(x w^T + bias) by cuBLASLt, which sees columns where we see rows: y^T [N, M] = w [N, K] x^T [K, M]. The
+// products of decode go to a kernel of our own where it applies (linear_few.cu).
 //
 // F32 activations are multiplied in full f32 (no tf32): that mode is for validation. Weights in another dtype than the
 // activations are converted into scratch at each call; a model that runs in BF16 has its matrices in BF16 already.

@@ -81,7 +81,8 @@ ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_a
         .gelu = args->activation == TS_ACTIVATION_GELU_TANH,
         .next_w = next ? (const unsigned char *)next->data : NULL,
         .next_bytes = 0,
-        .next_total = next ? next->rows * next->stride * (int64_t)ts_dtype_bytes(next->dtype) / 16 * 16 : 0,
+        .next_total =
+            next ? ((next->rows - 1) * next->stride + next->cols) * (int64_t)ts_dtype_bytes(next->dtype) / 16 * 16 : 0,
     };
     TS_CHECK(ts::tensor_map_create(&maps.w, encode, w.data, w.rows, w.cols, w.stride, ts::kFewRows) &&
                  ts::tensor_map_create(&maps.x, encode, x.data, x.rows, x.cols, x.stride, s.tokens) &&
