@@ -69,6 +69,10 @@ ts_status ts_device_memory(ts_device *device, size_t *free_bytes, size_t *total_
     return device->backend->memory(device, free_bytes, total_bytes);
 }
 
+ts_status ts_device_reserve_scratch(ts_device *device, size_t n_bytes) {
+    return device->backend->reserve_scratch(device, n_bytes);
+}
+
 bool ts_device_can_capture(const ts_device *device) {
     return device->backend->capture_begin != NULL;
 }

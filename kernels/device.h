@@ -35,6 +35,7 @@ typedef struct ts_device_backend {
     ts_status (*zero)(ts_device *device, void *data, size_t n_bytes);
     ts_status (*synchronize)(ts_device *device);
     ts_status (*memory)(ts_device *device, size_t *free_bytes, size_t *total_bytes);
+    ts_status (*reserve_scratch)(ts_device *device, size_t n_bytes);
     // Recorded work; all NULL where the backend records none.
     ts_status (*capture_begin)(ts_device *device);
     ts_status (*capture_end)(ts_device *device, ts_device_graph **out);
@@ -62,6 +63,7 @@ struct ts_device {
     // Of tile states held in a cache for this device: the compute dtype, unless whoever creates the device sets F32,
     // BF16 or FP8_E4M3 before any cache is made.
     ts_dtype slot_dtype;
+    size_t scratch_bytes; // that ops work in: what was reserved, or more where an op has needed more
 };
 
 // Frees the device; what was allocated on it must have been released. Accepts NULL.
@@ -92,6 +94,10 @@ ts_status ts_device_zero(ts_device *device, void *data, size_t n_bytes);
 
 // Waits for all enqueued work and returns its first failure.
 ts_status ts_device_synchronize(ts_device *device);
+
+// Makes the scratch that ops work in n_bytes large, so that those that need no more take none later. TS_ERR_MEMORY
+// where there is not so much.
+ts_status ts_device_reserve_scratch(ts_device *device, size_t n_bytes);
 
 // Work as a graph, enqueued again with one call. Between begin and end ops are recorded, not run; nothing may be
 // allocated, uploaded or downloaded there, so run the same ops once before. What the ops read and write must stay where

@@ -13,6 +13,10 @@ static bool is_weight(ts_dtype dtype) {
     return dtype == TS_F32 || dtype == TS_BF16 || dtype == TS_F16;
 }
 
+#define SPANS_ALLOWED                                                                                                  \
+    "the spans must cover the batch's rows in order, each with a sequence of 0 or more and a position of 0 or more; "  \
+    "TS_PADDING at position 0 is allowed in decode, where every span has one token"
+
 static bool batch_covers_rows(const ts_batch *batch) {
     int64_t row = 0;
     for (int32_t i = 0; i < batch->n_spans; i++) {
@@ -91,7 +95,7 @@ done:
 
 ts_status ts_op_tile_importance(ts_device *device, const ts_tile_importance_args *args) {
     ts_status status = TS_OK;
-    TS_NEED(batch_covers_rows(args->batch), "tile_importance", "the spans must cover the batch's rows in order");
+    TS_NEED(batch_covers_rows(args->batch), "tile_importance", SPANS_ALLOWED);
     TS_DISPATCH(tile_importance);
 done:
     return status;
@@ -99,7 +103,7 @@ done:
 
 ts_status ts_op_tile_prune(ts_device *device, const ts_tile_prune_args *args) {
     ts_status status = TS_OK;
-    TS_NEED(batch_covers_rows(args->batch), "tile_prune", "the spans must cover the batch's rows in order");
+    TS_NEED(batch_covers_rows(args->batch), "tile_prune", SPANS_ALLOWED);
     TS_DISPATCH(tile_prune);
 done:
     return status;
@@ -119,7 +123,7 @@ ts_status ts_op_attention(ts_device *device, const ts_attention_args *args) {
     TS_NEED(cache->open_dtype == args->qkvg.dtype, "attention", "the cache's open tiles must be of qkvg's dtype");
     TS_NEED(cache->is_sparse || cache->open_dtype == TS_F32 || cache->state_rest, "attention",
             "a dense cache in BF16 must have state_rest");
-    TS_NEED(batch_covers_rows(args->batch), "attention", "the spans must cover the batch's rows in order");
+    TS_NEED(batch_covers_rows(args->batch), "attention", SPANS_ALLOWED);
     TS_DISPATCH(attention);
 done:
     return status;

@@ -7,7 +7,7 @@
 //
 // ts_op_<name> checks the arguments (TS_ERR_INVALID), looks the op up in the device's table (TS_ERR_UNSUPPORTED when
 // the backend lacks it) and enqueues it. Nothing here allocates but scratch that a device grows to the largest batch
-// seen.
+// seen, or takes beforehand (ts_device_reserve_scratch).
 #ifndef TS_OPS_H
 #define TS_OPS_H
 
@@ -221,8 +221,18 @@ typedef struct ts_sample_args {
     ts_sample_result *results;       // [M] out
 } ts_sample_args;
 
+// The largest batches of a run: what ops can be asked for beforehand.
+typedef struct ts_run_limits {
+    const ts_tile_cache_layer *cache; // of any layer; only its numbers are read
+    int64_t max_rows;
+    int32_t max_spans;       // of one batch
+    int64_t weight_elements; // of the largest matrix whose dtype is not the device's compute_dtype; 0 without
+} ts_run_limits;
+
 struct ts_ops {
     const char *name; // for messages: "cpu (x86-64-v4)"
+    // Bytes of scratch that no op exceeds within the limits. NULL: not known ahead.
+    size_t (*scratch_bytes)(const ts_device *device, const ts_run_limits *limits);
     ts_status (*embed)(ts_device *device, const ts_embed_args *args);
     ts_status (*rms_norm)(ts_device *device, const ts_rms_norm_args *args);
     ts_status (*linear)(ts_device *device, const ts_linear_args *args);

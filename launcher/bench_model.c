@@ -67,10 +67,14 @@ static ts_status model_bench_create(ts_launch *launch, int64_t chunk, int64_t ro
     TS_TRY(ts_batch_buffer_create(launch->device, max_rows, &b->buffer));
     TS_TRY(ts_model_reserve(launch->model, max_rows));
     TS_TRY(ts_model_reserve_logits(launch->model, rows));
+    TS_TRY(ts_device_reserve_scratch(
+        launch->device,
+        ts_model_scratch_bytes(launch->model, ts_tile_cache_layer_at(b->cache, 0), max_rows, (int32_t)n_sequences)));
     ts_group *tp = ts_grid_tp(launch->grid);
     if (ts_device_sampler_is_possible(launch->device, tp))
         TS_TRY(ts_device_sampler_create(launch->device, (int32_t)rows, &b->sampler));
     TS_TRY(ts_decode_graphs_create(launch->device, tp, launch->model, b->cache, b->sampler, (int32_t)rows, &b->graphs));
+    TS_TRY(ts_decode_graphs_warm_up(b->graphs, b->buffer));
 done:
     return status;
 }

@@ -58,8 +58,11 @@ static ts_status plan_memory(ts_launch *launch, size_t cache_bytes, const ts_rep
     TS_TRY(ts_device_memory(launch->device, &free_bytes, &total_bytes));
     free_bytes /= (size_t)launch->n_sharing;
     TS_TRY(ts_memory_plan_make(&shape, limits->max_sequences, cache_bytes ? cache_bytes : free_bytes / 2, plan));
+    ts_replica_options planned = *limits;
+    planned.n_pages = plan->n_pages;
     TS_TRY(ts_memory_plan_check(plan, launch->device->backend->name,
-                                ts_replica_bytes(launch->device, tp, config, limits), free_bytes));
+                                ts_replica_bytes(launch->device, tp, launch->model, &planned),
+                                ts_memory_plan_usable(launch->device, free_bytes)));
 done:
     return status;
 }

@@ -92,6 +92,34 @@ done:
     return status;
 }
 
+// Uploads the batch filled up to a size that is recorded, and has the sampler know the n rows that count.
+static ts_status prepare(ts_decode_graphs *graphs, ts_batch_buffer *buffer, const ts_sampler_row *const *sampled,
+                         int32_t n, int64_t n_rows, const ts_batch **batch) {
+    ts_status status = TS_OK;
+    TS_TRY(ts_batch_buffer_pad(buffer, n_rows));
+    TS_TRY(ts_batch_buffer_upload(buffer, batch));
+    if (graphs->sampler)
+        TS_TRY(ts_device_sampler_prepare(graphs->sampler, sampled, n, (int32_t)(*batch)->n_rows));
+done:
+    return status;
+}
+
+ts_status ts_decode_graphs_warm_up(ts_decode_graphs *graphs, ts_batch_buffer *buffer) {
+    ts_status status = TS_OK;
+    const ts_batch *batch;
+    ts_tensor logits;
+    if (!graphs->is_possible)
+        goto done;
+    ts_batch_buffer_clear(buffer, true);
+    TS_TRY(prepare(graphs, buffer, NULL, 0, graphs->max_rows, &batch));
+    TS_TRY(step(graphs, batch, &logits));
+    TS_TRY(ts_device_synchronize(graphs->device));
+    graphs->graphs[size_for(graphs->max_rows)][0].has_run = true;
+    ts_batch_buffer_clear(buffer, true);
+done:
+    return status;
+}
+
 ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, ts_batch_buffer *buffer, const ts_sampler_row *const *sampled,
                                ts_tensor *logits) {
     ts_status status = TS_OK;
@@ -101,11 +129,10 @@ ts_status ts_decode_graphs_run(ts_decode_graphs *graphs, ts_batch_buffer *buffer
     const ts_batch *batch;
     ts_tensor all;
     assert(n > 0 && n <= graphs->max_rows);
-    if (graphs->is_possible)
-        TS_TRY(ts_batch_buffer_pad(buffer, size_at(size) < graphs->max_rows ? size_at(size) : graphs->max_rows));
-    TS_TRY(ts_batch_buffer_upload(buffer, &batch));
-    if (graphs->sampler)
-        TS_TRY(ts_device_sampler_prepare(graphs->sampler, sampled, (int32_t)n, (int32_t)batch->n_rows));
+    const int64_t filled = !graphs->is_possible               ? n
+                           : size_at(size) < graphs->max_rows ? size_at(size)
+                                                              : graphs->max_rows;
+    TS_TRY(prepare(graphs, buffer, sampled, (int32_t)n, filled, &batch));
     const bool closes = config->is_sparse && ts_batch_tiles_completed(batch, config->tile_size) > 0;
     recorded *place = &graphs->graphs[size][closes];
     if (graphs->is_possible && place->has_run) {

@@ -3,6 +3,7 @@
 // padding, which cost their part of the products alone.
 //
 //     TS_TRY(ts_decode_graphs_create(device, tp, model, cache, sampler, max_rows, &graphs));
+//     TS_TRY(ts_decode_graphs_warm_up(graphs, buffer));
 //     ts_batch_buffer_clear(buffer, true); // and a token for every sequence
 //     TS_TRY(ts_decode_graphs_run(graphs, buffer, sampled, &logits));
 //     TS_TRY(ts_device_sampler_collect(sampler, sampled, n, choices));
@@ -25,6 +26,10 @@ typedef struct ts_decode_graphs ts_decode_graphs;
 ts_status ts_decode_graphs_create(ts_device *device, ts_group *tp, ts_model *model, ts_tile_cache *cache,
                                   ts_device_sampler *sampler, int32_t max_rows, ts_decode_graphs **out);
 void ts_decode_graphs_free(ts_decode_graphs *graphs);
+
+// Runs a step of padding alone, where steps are recorded: kernels are loaded, products choose their algorithms and what
+// both take of the device's memory is taken before the first token. Leaves the buffer empty. Not collective.
+ts_status ts_decode_graphs_warm_up(ts_decode_graphs *graphs, ts_batch_buffer *buffer);
 
 // Uploads the decode batch in `buffer`, the same buffer in every run, and enqueues ts_model_forward and ts_model_logits
 // of its rows and, with a sampler, the sampling of their next tokens: sampled[i] is the sequence of row i. Collective

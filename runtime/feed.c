@@ -24,6 +24,7 @@ ts_status ts_feed_tokens(ts_device *device, ts_group *tp, ts_model *model, const
     shape.slot_dtype = device->slot_dtype;
     TS_TRY(ts_tile_cache_create(device, &shape, 1, ts_tile_cache_pages_for(&shape, n_tokens), &cache));
     TS_TRY(ts_model_reserve(model, step));
+    TS_TRY(ts_device_reserve_scratch(device, ts_model_scratch_bytes(model, ts_tile_cache_layer_at(cache, 0), step, 1)));
     TS_TRY(ts_batch_buffer_create(device, step, &buffer));
     TS_TRY(ts_group_agree(tp, ts_tile_cache_open(cache, 0, n_tokens)));
     for (int64_t first = 0; first < n_tokens; first += step) {

@@ -28,13 +28,17 @@ done:
     return status;
 }
 
-ts_status ts_memory_plan_check(const ts_memory_plan *plan, const char *device, size_t other_bytes, size_t free_bytes) {
-    const size_t usable = free_bytes - free_bytes / 8;
-    if (other_bytes <= usable && plan->cache_bytes <= usable - other_bytes)
+size_t ts_memory_plan_usable(const ts_device *device, size_t free_bytes) {
+    return free_bytes - free_bytes / (device->ops->scratch_bytes ? 32 : 8);
+}
+
+ts_status ts_memory_plan_check(const ts_memory_plan *plan, const char *device, size_t other_bytes,
+                               size_t usable_bytes) {
+    if (other_bytes <= usable_bytes && plan->cache_bytes <= usable_bytes - other_bytes)
         return TS_OK;
     return TS_FAIL(TS_ERR_MEMORY,
-                   "%s: this run needs %zu bytes of tile cache and %zu of activations, logits and sampling; %zu bytes "
-                   "are free for a rank and at most %zu may be planned: lower --cache-memory, --max-batch or "
+                   "%s: this run needs %zu bytes of tile cache and %zu of activations, logits, sampling and scratch; "
+                   "of what is free for a rank %zu may be planned: lower --cache-memory, --max-batch or "
                    "--prefill-chunk",
-                   device, plan->cache_bytes, other_bytes, free_bytes, usable);
+                   device, plan->cache_bytes, other_bytes, usable_bytes);
 }

@@ -17,9 +17,13 @@ typedef struct ts_memory_plan {
 ts_status ts_memory_plan_make(const ts_tile_cache_shape *shape, int32_t max_sequences, size_t cache_bytes,
                               ts_memory_plan *out);
 
-// TS_ERR_MEMORY unless the planned cache and `other_bytes` (ts_replica_bytes) fit into free_bytes of `device`, an
-// eighth of which is left for the scratch of ops, which depends on the batches that come. The sentence says what is
-// needed, what there is and what to lower.
-ts_status ts_memory_plan_check(const ts_memory_plan *plan, const char *device, size_t other_bytes, size_t free_bytes);
+// TS_ERR_MEMORY unless the planned cache and `other_bytes` (ts_replica_bytes) fit into usable_bytes of `device`. The
+// sentence says what is needed, what there is and what to lower.
+ts_status ts_memory_plan_check(const ts_memory_plan *plan, const char *device, size_t other_bytes, size_t usable_bytes);
+
+// Of free_bytes what a plan may use. Where the device knows the scratch of its ops, which is planned then, a
+// thirty-second is left for what its driver takes for code and graphs, and for the penalties of many tokens; where it
+// does not, an eighth.
+size_t ts_memory_plan_usable(const ts_device *device, size_t free_bytes);
 
 #endif

@@ -151,6 +151,29 @@ done:
     return status;
 }
 
+// Elements of the matrix, where products have to convert it.
+static int64_t converted_elements(const ts_model *model, const ts_tensor *w) {
+    return w->dtype == model->device->compute_dtype ? 0 : w->rows * w->cols;
+}
+
+size_t ts_model_scratch_bytes(const ts_model *model, const ts_tile_cache_layer *cache, int64_t max_rows,
+                              int32_t max_spans) {
+    const ts_ops *ops = model->device->ops;
+    ts_run_limits limits = {.cache = cache, .max_rows = max_rows, .max_spans = max_spans};
+    if (!ops->scratch_bytes)
+        return 0;
+    limits.weight_elements = converted_elements(model, &model->weights.head);
+    for (int32_t l = 0; l < model->config.n_layers; l++) {
+        const ts_layer_weights *layer = &model->weights.layers[l];
+        const ts_tensor *const products[] = {&layer->qkvg, &layer->o, &layer->up, &layer->down};
+        for (int i = 0; i < 4; i++) {
+            const int64_t n = converted_elements(model, products[i]);
+            limits.weight_elements = n > limits.weight_elements ? n : limits.weight_elements;
+        }
+    }
+    return ops->scratch_bytes(model->device, &limits);
+}
+
 // Sums the ranks' partial products. Rows may be padded: the padding is summed along.
 static ts_status reduce(ts_model *model, ts_tensor t) {
     if (ts_group_size(model->tp) == 1)

@@ -38,6 +38,12 @@ ts_status ts_model_reserve_logits(ts_model *model, int64_t max_rows);
 // memory plan.
 size_t ts_model_activation_bytes(const ts_config *config, ts_dtype compute_dtype, int tp_size, int64_t max_rows);
 
+// Bytes of scratch that no op exceeds in batches of up to max_rows rows and max_spans spans with a cache of these
+// numbers (ts_tile_cache_layer_of): for the memory plan and ts_device_reserve_scratch. 0 where the device does not
+// know.
+size_t ts_model_scratch_bytes(const ts_model *model, const ts_tile_cache_layer *cache, int64_t max_rows,
+                              int32_t max_spans);
+
 // One pass over the batch: embeds, runs every layer, advances the cache; keeps the normed hidden states of all rows for
 // ts_model_logits. Collective over the tensor-parallel group: all ranks give the same batch.
 ts_status ts_model_forward(ts_model *model, ts_tile_cache *cache, const ts_batch *batch);

@@ -26,25 +26,44 @@ struct ts_replica {
     size_t n_logits;
 };
 
+static ts_tile_cache_shape cache_shape(const ts_device *device, int tp_size, const ts_model *model,
+                                       const ts_replica_options *options) {
+    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), tp_size);
+    shape.open_dtype = device->compute_dtype;
+    shape.slot_dtype = options->slot_dtype;
+    return shape;
+}
+
 // Rows of the largest step.
 static int64_t max_rows_of(const ts_replica_options *options) {
     return options->prefill_chunk > options->max_sequences ? options->prefill_chunk : options->max_sequences;
 }
 
-size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_config *config,
+// What ops on this rank work in, in the largest steps.
+static size_t scratch_bytes(const ts_device *device, int tp_size, const ts_model *model,
+                            const ts_replica_options *options) {
+    const ts_tile_cache_shape shape = cache_shape(device, tp_size, model, options);
+    const ts_tile_cache_layer layer = ts_tile_cache_layer_of(&shape, options->n_pages);
+    return ts_model_scratch_bytes(model, &layer, max_rows_of(options), options->max_sequences);
+}
+
+size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_model *model,
                         const ts_replica_options *options) {
+    const ts_config *config = ts_model_config(model);
     const size_t n = (size_t)options->max_sequences, max_rows = (size_t)max_rows_of(options);
     const size_t row_of_logits = (size_t)(config->vocab_size / tp_size + 1) * sizeof(float);
     const size_t row_selected = (size_t)config->hidden_size * ts_dtype_bytes(device->compute_dtype);
     return ts_model_activation_bytes(config, device->compute_dtype, tp_size, (int64_t)max_rows) +
-           max_rows * (sizeof(ts_span) + sizeof(int32_t)) + n * (row_of_logits + row_selected) +
+           scratch_bytes(device, tp_size, model, options) + max_rows * (sizeof(ts_span) + sizeof(int32_t)) +
+           n * (row_of_logits + row_selected) +
            (device->ops->sample && tp_size == 1 ? ts_device_sampler_bytes(options->max_sequences) : 0);
 }
 
 ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, const ts_replica_options *options,
                             ts_replica **out) {
     ts_status status = TS_OK;
-    ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
+    const int tp_size = ts_group_size(tp);
+    const ts_tile_cache_shape shape = cache_shape(device, tp_size, model, options);
     const size_t n = (size_t)options->max_sequences;
     const int64_t max_rows = max_rows_of(options);
     ts_replica *replica = calloc(1, sizeof *replica);
@@ -53,8 +72,6 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     replica->tp = tp;
     replica->model = model;
     replica->options = *options;
-    shape.open_dtype = device->compute_dtype;
-    shape.slot_dtype = options->slot_dtype;
     replica->rows = calloc(n, sizeof *replica->rows);
     replica->n_prompt = calloc(n, sizeof *replica->n_prompt);
     replica->sampled = calloc(n, sizeof *replica->sampled);
@@ -64,6 +81,7 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
     TS_TRY(ts_tile_cache_create(device, &shape, options->max_sequences, options->n_pages, &replica->cache));
     TS_TRY(ts_model_reserve(model, max_rows));
     TS_TRY(ts_model_reserve_logits(model, options->max_sequences));
+    TS_TRY(ts_device_reserve_scratch(device, scratch_bytes(device, tp_size, model, options)));
     TS_TRY(ts_batch_buffer_create(device, max_rows, &replica->buffer));
     if (ts_device_sampler_is_possible(device, tp))
         TS_TRY(ts_device_sampler_create(device, options->max_sequences, &replica->device_sampler));
@@ -71,6 +89,7 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
         TS_TRY(ts_sampler_create(tp, &replica->sampler));
     TS_TRY(ts_decode_graphs_create(device, tp, model, replica->cache, replica->device_sampler, options->max_sequences,
                                    &replica->graphs));
+    TS_TRY(ts_decode_graphs_warm_up(replica->graphs, replica->buffer));
     *out = replica;
     replica = NULL;
 done:

@@ -24,9 +24,9 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
                             ts_replica **out);
 void ts_replica_free(ts_replica *replica);
 
-// Bytes of device memory that a replica takes on each rank besides its tile cache: for the memory plan.
-size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_config *config,
-                        const ts_replica_options *options);
+// Bytes of device memory that a replica takes on each rank besides its tile cache, for the memory plan; the scratch of
+// ops among them where the device knows it (ts_model_scratch_bytes).
+size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_model *model, const ts_replica_options *options);
 
 // Leader: broadcasts the step and carries it out. next[i] is the token for step->sample_rows[i]. Collective.
 ts_status ts_replica_step(ts_replica *replica, Ts__Job__Step *step, ts_next_token *next);

@@ -120,6 +120,24 @@ size_t ts_tile_cache_sequence_bytes(const ts_tile_cache_shape *shape) {
     return bytes_of(shape, false);
 }
 
+ts_tile_cache_layer ts_tile_cache_layer_of(const ts_tile_cache_shape *shape, int64_t n_pages) {
+    // The largest share of the pool that one sequence may own.
+    const int64_t most = ts_tile_cache_pages_for(shape, INT64_MAX);
+    const int64_t n = shape->is_sparse ? n_pages : 0;
+    return (ts_tile_cache_layer){
+        .n_heads = shape->n_heads,
+        .n_kv_heads = shape->n_kv_heads,
+        .head_dim = shape->head_dim,
+        .tile_size = shape->tile_size,
+        .is_sparse = shape->is_sparse,
+        .sparsity = shape->sparsity,
+        .n_pages = n,
+        .page_table_stride = most < n ? most : n,
+        .open_dtype = shape->open_dtype,
+        .slot_dtype = shape->slot_dtype,
+    };
+}
+
 static ts_status create_layer(ts_tile_cache *cache, int32_t l) {
     ts_status status = TS_OK;
     const ts_tile_cache_shape *shape = &cache->shape;
@@ -137,20 +155,9 @@ static ts_status create_layer(ts_tile_cache *cache, int32_t l) {
         arrays[i].bytes = bytes;
     }
     TS_TRY(ts_device_alloc(cache->device, total, "tile cache", &cache->layer_memory[l]));
-    *layer = (ts_tile_cache_layer){
-        .n_heads = shape->n_heads,
-        .n_kv_heads = shape->n_kv_heads,
-        .head_dim = shape->head_dim,
-        .tile_size = shape->tile_size,
-        .is_sparse = shape->is_sparse,
-        .sparsity = shape->sparsity,
-        .n_pages = cache->n_pages,
-        .page_table_stride = cache->page_table_stride,
-        .page_table = cache->page_table,
-        .open_dtype = shape->open_dtype,
-        .slot_dtype = shape->slot_dtype,
-        .pruned = (const uint8_t *const *)cache->history.pruned,
-    };
+    *layer = ts_tile_cache_layer_of(shape, cache->n_pages);
+    layer->page_table = cache->page_table;
+    layer->pruned = (const uint8_t *const *)cache->history.pruned;
     char *at = cache->layer_memory[l];
     for (int i = 0; i < n_arrays; i++) {
         memcpy((char *)layer + arrays[i].offset_of_pointer, &at, sizeof at);
@@ -170,11 +177,9 @@ ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *sha
     cache->device = device;
     cache->shape = *shape;
     cache->max_sequences = max_sequences;
-    cache->n_pages = shape->is_sparse ? n_pages : 0;
-    // The largest share of the pool that one sequence may own.
-    cache->page_table_stride = ts_tile_cache_pages_for(shape, INT64_MAX);
-    if (cache->page_table_stride > cache->n_pages)
-        cache->page_table_stride = cache->n_pages;
+    const ts_tile_cache_layer numbers = ts_tile_cache_layer_of(shape, n_pages);
+    cache->n_pages = numbers.n_pages;
+    cache->page_table_stride = numbers.page_table_stride;
     cache->layers = calloc(n_layers, sizeof *cache->layers);
     cache->layer_memory = calloc(n_layers, sizeof *cache->layer_memory);
     cache->rows = calloc(n, sizeof *cache->rows);

@@ -38,6 +38,9 @@ int64_t ts_tile_cache_pages_for(const ts_tile_cache_shape *shape, int64_t n_toke
 size_t ts_tile_cache_page_bytes(const ts_tile_cache_shape *shape);
 size_t ts_tile_cache_sequence_bytes(const ts_tile_cache_shape *shape);
 
+// The numbers of a layer of such a cache, without its arrays: what ops are asked about before there is one.
+ts_tile_cache_layer ts_tile_cache_layer_of(const ts_tile_cache_shape *shape, int64_t n_pages);
+
 // `device` is borrowed until free.
 ts_status ts_tile_cache_create(ts_device *device, const ts_tile_cache_shape *shape, int32_t max_sequences,
                                int64_t n_pages, ts_tile_cache **out);

@@ -114,6 +114,22 @@ static ts_status cpu_upload_weight(ts_device *device, void *data, const void *ho
     return TS_OK;
 }
 
+static ts_status cpu_reserve_scratch(ts_device *device, size_t n_bytes) {
+    ts_cpu_device *cpu = ts_cpu_device_of(device);
+    if (n_bytes == device->scratch_bytes)
+        return TS_OK;
+    free(cpu->scratch);
+    cpu->scratch = NULL;
+    device->scratch_bytes = 0;
+    if (n_bytes > 0 && posix_memalign(&cpu->scratch, 64, n_bytes) != 0) {
+        cpu->scratch = NULL;
+        return TS_FAIL(TS_ERR_MEMORY, "cpu: out of memory for %zu bytes of scratch; a smaller prefill chunk needs less",
+                       n_bytes);
+    }
+    device->scratch_bytes = n_bytes;
+    return TS_OK;
+}
+
 static const ts_device_backend cpu_backend = {
     .name = "cpu",
     .free = cpu_free,
@@ -125,6 +141,7 @@ static const ts_device_backend cpu_backend = {
     .zero = cpu_zero,
     .synchronize = cpu_synchronize,
     .memory = cpu_memory,
+    .reserve_scratch = cpu_reserve_scratch,
     .mark = cpu_mark,
     .elapsed = cpu_elapsed,
     .weight_bytes = cpu_weight_bytes,
@@ -164,19 +181,12 @@ done:
 }
 
 ts_status ts_cpu_device_scratch(ts_device *device, size_t n_bytes, void **out) {
-    ts_cpu_device *cpu = ts_cpu_device_of(device);
-    if (n_bytes > cpu->scratch_bytes) {
-        free(cpu->scratch);
-        cpu->scratch_bytes = 0;
-        if (posix_memalign(&cpu->scratch, 64, n_bytes) != 0) {
-            cpu->scratch = NULL;
-            return TS_FAIL(TS_ERR_MEMORY,
-                           "cpu: out of memory for %zu bytes of scratch; a smaller prefill chunk needs less", n_bytes);
-        }
-        cpu->scratch_bytes = n_bytes;
-    }
-    *out = cpu->scratch;
-    return TS_OK;
+    ts_status status = TS_OK;
+    if (n_bytes > device->scratch_bytes)
+        TS_TRY(cpu_reserve_scratch(device, n_bytes));
+    *out = ts_cpu_device_of(device)->scratch;
+done:
+    return status;
 }
 
 ts_status ts_cpu_sgemm_rate(ts_device *device, int n, double *flops_per_second) {

@@ -9,7 +9,6 @@ typedef struct ts_cpu_device {
     ts_device base;
     int n_threads;
     void *scratch;
-    size_t scratch_bytes;
     double marks[2]; // of the timer
 } ts_cpu_device;
 

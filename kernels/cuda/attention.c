@@ -31,8 +31,8 @@ static size_t place(ts_cuda_attention *a, char *memory) {
                places_first = is_sparse && a->cache.sparsity.cache_tiles == 0;
     const size_t n_apart = a->all_in_slots ? 0 : n_closed;
     const ts_dtype state_dtype = is_sparse ? a->cache.slot_dtype : TS_F32;
-    const size_t n_slots = is_sparse ? n_spans * (size_t)a->held_stride : 0;
-    const size_t n_held_ranges = is_sparse ? n_spans * (size_t)a->held_ranges_stride : 0;
+    const size_t n_slots = is_sparse ? (size_t)a->pieces.n_held * n_kv : 0;
+    const size_t n_held_ranges = is_sparse ? (size_t)a->pieces.n_held_ranges * n_kv : 0;
     const size_t n_groups = is_sparse ? (size_t)a->pieces.n_groups * n_kv : 0;
     char *at = memory;
     a->c = carve(&at, n_rows * sizeof *a->c);
@@ -82,10 +82,14 @@ static int64_t most_held(const ts_tile_cache_layer *cache, const ts_span *span) 
     return n_tiles < cache->page_table_stride ? n_tiles : cache->page_table_stride;
 }
 
+// Bytes of the lists of one wave for each tile that all KV heads list.
+static size_t entry_bytes_of(const ts_cuda_attention *a) {
+    return (size_t)a->cache.n_kv_heads * (sizeof *a->list_at + TS_CUDA_GROUP * sizeof *a->list_weights);
+}
+
 // The groups after the last wave: as many as LIST_BYTES hold lists for, but at least one. False where none is left.
 static bool next_wave(const ts_batch *batch, wave_place *next, ts_cuda_attention *a) {
-    const size_t entry_bytes =
-        (size_t)a->cache.n_kv_heads * (sizeof *a->list_at + TS_CUDA_GROUP * sizeof *a->list_weights);
+    const size_t entry_bytes = entry_bytes_of(a);
     a->first_group += a->n_wave_groups;
     a->n_wave_groups = 0;
     a->list_stride = 0;
@@ -113,17 +117,16 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, ts_cuda_atten
     int64_t most_lead = 0;
     wave_place next = {0, 0};
     void *scratch;
-    ts_cuda_pieces_count(batch, (int32_t)T, &a->pieces);
+    ts_cuda_pieces_count(batch, (int32_t)T, a->cache.is_sparse ? a->cache.page_table_stride : 0, &a->pieces);
     for (int32_t s = 0; s < batch->n_spans; s++) {
         const int64_t before = batch->spans[s].position / T;
         const int64_t events = ts_span_tiles_completed(&batch->spans[s], (int32_t)T);
         const int64_t held = most_held(&a->cache, &batch->spans[s]);
         most_lead = before > most_lead ? before : most_lead;
-        a->held_stride = held > a->held_stride ? held : a->held_stride;
+        a->most_held = held > a->most_held ? held : a->most_held;
         a->most_events = events > a->most_events ? events : a->most_events;
     }
     a->n_lead = most_lead < a->cache.sparsity.recent_tiles ? (int32_t)most_lead : a->cache.sparsity.recent_tiles;
-    a->held_ranges_stride = ranges_of(a->held_stride);
     while (a->cache.is_sparse && next_wave(batch, &next, a)) {
         const size_t n_listed = (size_t)(a->n_wave_groups * a->cache.n_kv_heads * a->list_stride);
         a->n_listed = n_listed > a->n_listed ? n_listed : a->n_listed;
@@ -188,6 +191,41 @@ done:
     return status;
 }
 
+// No budget and no pruning: every tile stays.
+static bool stays_in_slots(const ts_tile_cache_layer *cache) {
+    return cache->is_sparse && cache->sparsity.cache_tiles == 0 && cache->sparsity.prune_ratio == 0;
+}
+
+static bool runs_dense_kernel(const ts_tile_cache_layer *cache, ts_dtype dtype) {
+    return !cache->is_sparse && dtype == TS_BF16;
+}
+
+size_t ts_cuda_attention_scratch_bytes(const ts_device *base, const ts_run_limits *limits) {
+    const ts_cuda_device *device = (const ts_cuda_device *)base;
+    const ts_tile_cache_layer *cache = limits->cache;
+    ts_cuda_attention a = {
+        .cache = *cache,
+        .n_rows = limits->max_rows,
+        .qkvg = {.dtype = base->compute_dtype},
+        .capability = device->dense_plan.capability,
+        .all_in_slots = stays_in_slots(cache),
+    };
+    if (runs_dense_kernel(cache, base->compute_dtype))
+        return ts_cuda_attention_dense_most_workspace(limits, &device->dense_plan);
+    ts_cuda_pieces_bound(limits->max_rows, limits->max_spans, cache->tile_size,
+                         cache->is_sparse ? cache->page_table_stride : 0, cache->n_pages, &a.pieces);
+    if (cache->is_sparse) {
+        const int64_t recent = cache->sparsity.recent_tiles, slots = cache->page_table_stride;
+        a.n_lead = (int32_t)(recent < slots ? recent : slots);
+        // A wave of several groups fits LIST_BYTES; one group alone lists all that can be held when it ends.
+        const int64_t longest = (ranges_of(slots) + ranges_of(limits->max_rows / cache->tile_size + 1)) * TS_CUDA_GROUP;
+        const size_t all = (size_t)(a.pieces.n_groups * longest), fitting = LIST_BYTES / entry_bytes_of(&a);
+        const size_t most = (size_t)longest > fitting ? (size_t)longest : fitting;
+        a.n_listed = (all < most ? all : most) * (size_t)cache->n_kv_heads;
+    }
+    return ts_cuda_pieces_bytes(&a.pieces) + place(&a, NULL);
+}
+
 static bool is_aligned(const ts_tensor *tensor) {
     return ((uintptr_t)tensor->data | (size_t)tensor->stride * ts_dtype_bytes(tensor->dtype)) % 16 == 0;
 }
@@ -204,8 +242,7 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
         .normalizer_eps = (float)args->normalizer_eps,
         .capability = ts_cuda_device_of(device)->dense_plan.capability,
         .cache_is_settled = ts_cuda_device_of(device)->cache_is_settled,
-        .all_in_slots =
-            args->cache->is_sparse && args->cache->sparsity.cache_tiles == 0 && args->cache->sparsity.prune_ratio == 0,
+        .all_in_slots = stays_in_slots(args->cache),
     };
     ts_cuda_device_of(device)->cache_is_settled = false;
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
@@ -217,7 +254,7 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
              ts_dtype_name(a.cache.slot_dtype));
     if (args->batch->decode)
         TS_TRY(decode(device, args->batch, &a));
-    else if (!a.cache.is_sparse && args->qkvg.dtype == TS_BF16)
+    else if (runs_dense_kernel(&a.cache, args->qkvg.dtype))
         TS_TRY(prefill_dense(device, args));
     else
         TS_TRY(prefill_tiles(device, args->batch, &a));

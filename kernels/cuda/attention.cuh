@@ -136,6 +136,14 @@ __device__ __forceinline__ int64_t tile_place(const ts_cuda_attention &a, int32_
     return a.tile_places ? a.tile_places[j * a.pieces.n_closed + closed] : ~(closed * a.cache.n_kv_heads + j);
 }
 
+// Indices of span s in what is known of the tiles it held before the batch, and of their ranges.
+__device__ __forceinline__ int64_t held_at(const ts_cuda_attention &a, int s, int j) {
+    return j * a.pieces.n_held + a.pieces.held_begin[s];
+}
+__device__ __forceinline__ int64_t held_ranges_at(const ts_cuda_attention &a, int s, int j) {
+    return j * a.pieces.n_held_ranges + a.pieces.held_begin[s] / TS_CUDA_GROUP + s;
+}
+
 // The event from which a tile is no longer held; INT32_MAX: it stays. NULL: all do.
 __device__ __forceinline__ int32_t death_at(const int32_t *deaths, int64_t at) {
     return deaths ? deaths[at] : INT32_MAX;

@@ -54,13 +54,13 @@ typedef struct ts_cuda_attention {
     // NULL where all_in_slots, to held_after:
     int32_t *tile_deaths;       // [KV, n_closed] event from which the tile is no longer held; INT32_MAX: it stays
     int32_t *tile_slots;        // [KV, n_closed] slot it is stored in; -1: none
-    int32_t *held_deaths;       // [n_spans, KV, held_stride] tile_deaths of the tiles held before the batch
-    int32_t *holes;             // [n_spans, KV, held_stride] slots that those leave
+    int32_t *held_deaths;       // [KV, n_held] tile_deaths of the tiles held before the batch, span by span
+    int32_t *holes;             // [KV, n_held] slots that those leave
     int64_t *tile_places;       // [KV, n_closed] where S_t is made: page, or ~index in tile_states; NULL: there, or
                                 // as all_in_slots says
     int32_t *held_after;        // [n_spans, KV] tiles held after the batch
     double *joining_keys;       // [KV, n_closed + n_spans * n_lead] keys of the tiles that may become old in the batch
-    ts_cuda_range *held_ranges; // [n_spans, KV, held_ranges_stride] of TS_CUDA_GROUP slots each
+    ts_cuda_range *held_ranges; // [KV, n_held_ranges] of TS_CUDA_GROUP slots each
     ts_cuda_range *tile_ranges; // [KV, n_groups] of the tiles that complete at a group's events
     float *held_range_masses, *tile_range_masses; // the same, [d]: sum of e^{end - E_t} z_t
     // Of one wave of groups, first_group .. first_group + n_wave_groups - 1:
@@ -69,11 +69,14 @@ typedef struct ts_cuda_attention {
                          // BF16 in the first half of each tile's bytes, where it is to multiply states of at most that
     ts_cuda_list *lists; // [n_wave_groups, KV]
     int64_t first_group, n_wave_groups, list_stride;
-    size_t n_listed;                         // entries of the lists of the largest wave
-    int64_t held_stride, held_ranges_stride; // most tiles a span may have held before the batch, and their ranges
-    int32_t n_lead;                          // of joining_keys, how many of a span precede its first event
-    int64_t most_events;                     // of any span
+    size_t n_listed;     // entries of the lists of the largest wave
+    int64_t most_held;   // tiles of any span before the batch
+    int32_t n_lead;      // of joining_keys, how many of a span precede its first event
+    int64_t most_events; // of any span
 } ts_cuda_attention;
+
+// Bytes of scratch that no call of the op exceeds within the limits.
+size_t ts_cuda_attention_scratch_bytes(const ts_device *device, const ts_run_limits *limits);
 
 // Whether states are multiplied by their weights on the matrix units.
 static inline bool ts_cuda_attention_sums_bf16(const ts_cuda_attention *a) {

@@ -26,12 +26,21 @@ static size_t aligned(size_t n) {
     return (n + 255) / 256 * 256;
 }
 
+// Runs that a long span is cut into.
+static int wanted_runs(const ts_tile_cache_layer *cache, const ts_cuda_attention_dense_plan *plan) {
+    const int blocks =
+        cache->head_dim == 64 ? DenseShape<64>::blocks_per_multiprocessor : DenseShape<128>::blocks_per_multiprocessor;
+    return max(min(plan->n_multiprocessors * blocks / cache->n_kv_heads, kMostRuns), 1);
+}
+
+static size_t slot_bytes(const ts_tile_cache_layer *cache, size_t n_slots) {
+    return aligned(n_slots * (size_t)(cache->n_kv_heads * slot_floats(cache->head_dim)) * sizeof(float));
+}
+
 static RunsLayout runs_layout_of(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
     const ts_batch *batch = args->batch;
-    const int d = args->cache->head_dim, heads = args->cache->n_kv_heads;
-    const int blocks = d == 64 ? DenseShape<64>::blocks_per_multiprocessor : DenseShape<128>::blocks_per_multiprocessor;
     RunsLayout l = {};
-    l.wanted = max(min(plan->n_multiprocessors * blocks / heads, kMostRuns), 1);
+    l.wanted = wanted_runs(args->cache, plan);
     size_t n_slots = 0;
     for (int i = 0; i < batch->n_spans; i++) {
         const SpanRuns cut = span_runs(batch->spans[i], l.wanted);
@@ -39,7 +48,7 @@ static RunsLayout runs_layout_of(const ts_attention_args *args, const ts_cuda_at
         n_slots += (size_t)cut.n_slots;
     }
     l.n_state_runs = l.n_runs - batch->n_spans;
-    l.n_bytes = aligned(n_slots * (size_t)(heads * slot_floats(d)) * sizeof(float));
+    l.n_bytes = slot_bytes(args->cache, n_slots);
     return l;
 }
 
@@ -148,15 +157,28 @@ done:
 }
 
 // Not a property of the batch, so that a row's value is not one either.
-static bool use_cluster(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan) {
-    return plan->capability == 90 && args->cache->head_dim == 64;
+static bool use_cluster(const ts_tile_cache_layer *cache, const ts_cuda_attention_dense_plan *plan) {
+    return plan->capability == 90 && cache->head_dim == 64;
 }
 
 } // namespace ts
 
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args,
                                                     const ts_cuda_attention_dense_plan *plan) {
-    return ts::use_cluster(args, plan) ? ts::cluster_layout_of(args).n_bytes : ts::runs_layout_of(args, plan).n_bytes;
+    return ts::use_cluster(args->cache, plan) ? ts::cluster_layout_of(args).n_bytes
+                                              : ts::runs_layout_of(args, plan).n_bytes;
+}
+
+extern "C" size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *limits,
+                                                         const ts_cuda_attention_dense_plan *plan) {
+    using namespace ts;
+    const ts_tile_cache_layer *cache = limits->cache;
+    const int64_t rows = limits->max_rows, spans = limits->max_spans;
+    if (use_cluster(cache, plan))
+        return (size_t)(min(rows / kLeastCarried + 1, spans) * cache->n_kv_heads) * kCarryBytes;
+    // Only spans of more than one run have slots, so many for every kLeastRun chunks begun.
+    const int64_t run_rows = (int64_t)kLeastRun * kChunk, cut = min(rows / (run_rows - kChunk) + 1, spans);
+    return slot_bytes(cache, (size_t)min(rows / run_rows + 2 * cut, cut * wanted_runs(cache, plan)));
 }
 
 extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan) {
@@ -203,7 +225,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     const int d = cache->head_dim;
     const dim3 heads(batch->n_spans, cache->n_kv_heads);
     const bool hopper = plan->capability == 90;
-    const bool in_clusters = use_cluster(args, plan);
+    const bool in_clusters = use_cluster(args->cache, plan);
     const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
     const RunsLayout l = in_clusters ? RunsLayout{} : runs_layout_of(args, plan);
     const size_t n_bytes = in_clusters ? in.n_bytes : l.n_bytes;

@@ -33,6 +33,9 @@ ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan
 // Bytes of device memory that a call with these arguments needs.
 size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan);
 
+// Bytes that no call within the limits needs more of.
+size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *limits, const ts_cuda_attention_dense_plan *plan);
+
 // `workspace` is aligned to 256 bytes and free again once the stream has passed this call. `stream` is a cudaStream_t.
 ts_status ts_cuda_attention_dense(const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan,
                                   void *workspace, size_t workspace_bytes, void *stream);

@@ -200,6 +200,27 @@ done:
     return status;
 }
 
+static ts_status reserve_scratch(ts_device *base, size_t n_bytes) {
+    ts_status status = TS_OK;
+    ts_cuda_device *device = ts_cuda_device_of(base);
+    cudaError_t error;
+    if (n_bytes == base->scratch_bytes)
+        goto done;
+    TS_CUDA_TRY(cudaStreamSynchronize(device->stream));
+    TS_CUDA_TRY(cudaFree(device->scratch));
+    device->scratch = NULL;
+    base->scratch_bytes = 0;
+    error = n_bytes > 0 ? cudaMalloc(&device->scratch, n_bytes) : cudaSuccess;
+    if (error == cudaErrorMemoryAllocation)
+        (void)cudaGetLastError();
+    TS_CHECK(error != cudaErrorMemoryAllocation, TS_ERR_MEMORY,
+             "cuda: out of memory for %zu bytes of scratch; a smaller prefill chunk needs less", n_bytes);
+    TS_CUDA_TRY(error);
+    base->scratch_bytes = n_bytes;
+done:
+    return status;
+}
+
 static const ts_device_backend cuda_backend = {
     .name = "cuda",
     .free = device_free,
@@ -211,6 +232,7 @@ static const ts_device_backend cuda_backend = {
     .zero = device_zero,
     .synchronize = device_synchronize,
     .memory = device_memory,
+    .reserve_scratch = reserve_scratch,
     .capture_begin = capture_begin,
     .capture_end = capture_end,
     .graph_launch = graph_launch,
@@ -284,21 +306,11 @@ done:
     return status;
 }
 
-ts_status ts_cuda_device_scratch(ts_device *base, size_t n_bytes, void **out) {
+ts_status ts_cuda_device_scratch(ts_device *device, size_t n_bytes, void **out) {
     ts_status status = TS_OK;
-    ts_cuda_device *device = ts_cuda_device_of(base);
-    if (n_bytes > device->scratch_bytes) {
-        TS_CUDA_TRY(cudaStreamSynchronize(device->stream));
-        TS_CUDA_TRY(cudaFree(device->scratch));
-        device->scratch = NULL;
-        device->scratch_bytes = 0;
-        const cudaError_t error = cudaMalloc(&device->scratch, n_bytes);
-        TS_CHECK(error != cudaErrorMemoryAllocation, TS_ERR_MEMORY,
-                 "cuda: out of memory for %zu bytes of scratch; a smaller prefill chunk needs less", n_bytes);
-        TS_CUDA_TRY(error);
-        device->scratch_bytes = n_bytes;
-    }
-    *out = device->scratch;
+    if (n_bytes > device->scratch_bytes)
+        TS_TRY(reserve_scratch(device, n_bytes));
+    *out = ts_cuda_device_of(device)->scratch;
 done:
     return status;
 }

@@ -29,7 +29,6 @@ typedef struct ts_cuda_device {
     int next_stage;
     cudaEvent_t marks[2]; // of the timer
     void *scratch;
-    size_t scratch_bytes;
     cublasLtHandle_t blas;
     void *blas_workspace; // [BLAS_BYTES]
     ts_cuda_linear_plan *linear_plans;

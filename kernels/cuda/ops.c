@@ -1,7 +1,15 @@
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/attention.h"
+
+// Attention's scratch holds what tile_importance and tile_prune need, too.
+static size_t scratch_bytes(const ts_device *device, const ts_run_limits *limits) {
+    const size_t attention = ts_cuda_attention_scratch_bytes(device, limits);
+    const size_t converted = (size_t)limits->weight_elements * ts_dtype_bytes(device->compute_dtype);
+    return attention > converted ? attention : converted;
+}
 
 const ts_ops ts_cuda_ops = {
     .name = "cuda",
+    .scratch_bytes = scratch_bytes,
     .embed = ts_cuda_embed,
     .rms_norm = ts_cuda_rms_norm,
     .linear = ts_cuda_linear,

@@ -16,6 +16,10 @@ __host__ __device__ int64_t groups_of(int64_t n_closed) {
     return (n_closed + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
 }
 
+__host__ __device__ int64_t held_of(const ts_span &span, int64_t T, int64_t most_slots) {
+    return span.position / T < most_slots ? span.position / T : most_slots;
+}
+
 // Sum over the block's threads up to and without this one, and over all.
 __device__ int64_t scan_block(int64_t x, int64_t *totals, int64_t *sum) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -40,22 +44,26 @@ __device__ int64_t scan_block(int64_t x, int64_t *totals, int64_t *sum) {
 
 __global__ void pieces_kernel(const ts_span *spans, int T, ts_cuda_pieces out) {
     __shared__ int64_t totals[kThreads / 32];
-    int64_t pieces = 0, closed = 0, groups = 0;
+    int64_t pieces = 0, closed = 0, groups = 0, held = 0;
     for (int32_t s0 = 0; s0 <= out.n_spans; s0 += kThreads) { // one more than there are: the ends
         const int32_t s = s0 + (int32_t)threadIdx.x;
         const int64_t n = s < out.n_spans ? pieces_of(spans[s], T) : 0;
         const int64_t n_closed = s < out.n_spans ? closed_of(spans[s], T) : 0;
-        int64_t sums[3];
-        const int64_t before[3] = {scan_block(n, totals, &sums[0]), scan_block(n_closed, totals, &sums[1]),
-                                   scan_block(groups_of(n_closed), totals, &sums[2])};
+        const int64_t n_held = s < out.n_spans ? held_of(spans[s], T, out.most_slots) : 0;
+        int64_t sums[4];
+        const int64_t before[4] = {scan_block(n, totals, &sums[0]), scan_block(n_closed, totals, &sums[1]),
+                                   scan_block(groups_of(n_closed), totals, &sums[2]),
+                                   scan_block(n_held, totals, &sums[3])};
         if (s <= out.n_spans) {
             out.begin[s] = pieces + before[0];
             out.closed_begin[s] = closed + before[1];
             out.group_begin[s] = groups + before[2];
+            out.held_begin[s] = held + before[3];
         }
         pieces += sums[0];
         closed += sums[1];
         groups += sums[2];
+        held += sums[3];
     }
     __syncthreads();
     // Few spans: all threads over the pieces of each in turn. Many: a warp a span.
@@ -94,9 +102,10 @@ size_t aligned(size_t n_bytes) {
 
 } // namespace
 
-void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_pieces *out) {
+void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, int64_t most_slots, ts_cuda_pieces *out) {
     memset(out, 0, sizeof *out);
     out->n_spans = batch->n_spans;
+    out->most_slots = most_slots;
     if (batch->decode) {
         out->n_pieces = out->n_closed = out->n_groups = batch->n_spans;
         return;
@@ -106,12 +115,28 @@ void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_piec
         const int64_t n_closed = closed_of(batch->spans[s], tile_size);
         out->n_closed += n_closed;
         out->n_groups += groups_of(n_closed);
+        out->n_held += held_of(batch->spans[s], tile_size, most_slots);
     }
+    out->n_held_ranges = out->n_held / TS_CUDA_GROUP + out->n_spans;
+}
+
+void ts_cuda_pieces_bound(int64_t max_rows, int32_t max_spans, int32_t tile_size, int64_t most_slots, int64_t n_pages,
+                          ts_cuda_pieces *out) {
+    memset(out, 0, sizeof *out);
+    out->n_spans = max_spans;
+    // A span's tokens begin and end within a tile: one piece more than whole tiles at each end, and one more closed.
+    const int64_t n_tiles = max_rows / tile_size;
+    out->n_pieces = n_tiles + 2 * max_spans < max_rows ? n_tiles + 2 * max_spans : max_rows;
+    out->n_closed = n_tiles + max_spans < max_rows ? n_tiles + max_spans : max_rows;
+    out->n_groups = out->n_closed / TS_CUDA_GROUP + max_spans;
+    out->most_slots = most_slots;
+    out->n_held = n_pages / max_spans < most_slots ? n_pages : most_slots * max_spans;
+    out->n_held_ranges = out->n_held / TS_CUDA_GROUP + max_spans;
 }
 
 size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces) {
     return aligned((size_t)pieces->n_pieces * sizeof(ts_cuda_piece)) +
-           3 * aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t)) +
+           4 * aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t)) +
            aligned((size_t)pieces->n_closed * sizeof(int64_t));
 }
 
@@ -125,6 +150,8 @@ ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_
     pieces->closed_begin = (int64_t *)at;
     at += aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t));
     pieces->group_begin = (int64_t *)at;
+    at += aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t));
+    pieces->held_begin = (int64_t *)at;
     at += aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t));
     pieces->closed_pieces = (int64_t *)at;
     pieces_kernel<<<1, kThreads, 0, stream>>>(batch->device_spans, tile_size, *pieces);

@@ -26,15 +26,26 @@ typedef struct ts_cuda_pieces {
     // In a decode batch n_closed is the most there can be, one a span, so that what is launched depends on the number
     // of spans alone; how many there are stands on the device, in closed_begin[n_spans]. So with n_groups.
     int64_t n_pieces, n_closed, n_groups;
+    // Tiles that the spans may hold before the batch, all of them; of each at most most_slots.
+    int64_t n_held, most_slots;
+    // Ranges of up to TS_CUDA_GROUP of them: those of span s begin at held_begin[s] / TS_CUDA_GROUP + s.
+    int64_t n_held_ranges;
     ts_cuda_piece *at;      // [n_pieces]
     int64_t *begin;         // [n_spans + 1] first piece of each span
     int64_t *closed_begin;  // [n_spans + 1] first completed tile of each span
     int64_t *closed_pieces; // [n_closed] the piece that completes each
     int64_t *group_begin;   // [n_spans + 1] completed tiles of a span in groups of up to TS_CUDA_GROUP: first group
+    int64_t *held_begin;    // [n_spans + 1] first of the held tiles of each span
 } ts_cuda_pieces;
 
-// Counts the pieces of a batch, on the host.
-void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, ts_cuda_pieces *out);
+// Counts the pieces of a batch, on the host. most_slots: tiles that a sequence can hold; 0 where nobody asks for
+// n_held.
+void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, int64_t most_slots, ts_cuda_pieces *out);
+
+// The most of everything that a batch of up to max_rows rows in max_spans spans can have; all sequences together hold
+// at most n_pages tiles.
+void ts_cuda_pieces_bound(int64_t max_rows, int32_t max_spans, int32_t tile_size, int64_t most_slots, int64_t n_pages,
+                          ts_cuda_pieces *out);
 
 size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces);
 

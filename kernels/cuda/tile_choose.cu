@@ -48,7 +48,7 @@ __device__ event_group group_of(const ts_cuda_attention &a, int64_t group, int j
     out.first_tile = ts::first_tile_of(a, low);
     out.sequence = a.spans[low].sequence;
     out.n_held = a.cache.n_held[ts::head_of(a, out.sequence, j)];
-    out.held_at = ((int64_t)low * a.cache.n_kv_heads + j) * a.held_stride;
+    out.held_at = ts::held_at(a, low, j);
     return out;
 }
 
@@ -199,9 +199,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int n_events = max(0, min(kEvents, group.n_events - g0));
     const int64_t list = (in_wave * n_kv + j) * a.list_stride;
     const int64_t n_held_ranges = (group.n_held + kRange - 1) / kRange, own = group.first / kRange;
-    const int64_t held_at = ((int64_t)group.span * n_kv + j) * a.held_ranges_stride;
+    const int64_t held_ranges_at = ts::held_ranges_at(a, group.span, j);
     const int64_t tiles_at = j * a.pieces.n_groups + a.pieces.group_begin[group.span];
-    const ts_cuda_range *held_ranges = a.held_ranges + held_at, *tile_ranges = a.tile_ranges + tiles_at;
+    const ts_cuda_range *held_ranges = a.held_ranges + held_ranges_at, *tile_ranges = a.tile_ranges + tiles_at;
 
     int64_t n_kept = 0;
     double totals[kEvents] = {};
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             const double end = there ? (whole >= 0 ? held_ranges + whole : tile_ranges + ~whole)->end : 0.0;
             float dots[kEvents];
             dots_with(!there       ? NULL
-                      : whole >= 0 ? a.held_range_masses + (held_at + whole) * D
+                      : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
                                    : a.tile_range_masses + (tiles_at + ~whole) * D,
                       dots);
 #pragma unroll

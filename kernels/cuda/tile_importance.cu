@@ -141,7 +141,7 @@ ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_ar
         "cuda: tile_importance: heads of 64 or 128, tiles of up to %d tokens and rows that begin at multiples of 16 "
         "bytes are allowed",
         kMostTokens);
-    ts_cuda_pieces_count(args->batch, history.tile_size, &pieces);
+    ts_cuda_pieces_count(args->batch, history.tile_size, 0, &pieces);
     n_bytes = ts_cuda_pieces_bytes(&pieces);
     TS_TRY(ts_cuda_device_scratch(device, n_bytes + (size_t)n_open * sizeof(double), &scratch));
     open = (double *)((char *)scratch + n_bytes);
@@ -167,7 +167,7 @@ ts_status ts_cuda_tile_prune(ts_device *device, const ts_tile_prune_args *args) 
     cudaStream_t stream = ts_cuda_device_of(device)->stream;
     ts_cuda_pieces pieces;
     void *scratch;
-    ts_cuda_pieces_count(args->batch, history.tile_size, &pieces);
+    ts_cuda_pieces_count(args->batch, history.tile_size, 0, &pieces);
     if (pieces.n_closed == 0)
         goto done;
     TS_TRY(ts_cuda_device_scratch(device, ts_cuda_pieces_bytes(&pieces), &scratch));

@@ -158,7 +158,7 @@ __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
             const int64_t page = ts::page_of(a, sequence, j, i);
             const int32_t death = death_of(a, s, j, sequence, a.cache.slot_tile[page], a.cache.slot_key[page], n_held);
             if (leads)
-                a.held_deaths[((int64_t)s * a.cache.n_kv_heads + j) * a.held_stride + i] = death;
+                a.held_deaths[ts::held_at(a, s, j) + i] = death;
         } else {
             const int64_t event = i - n_held, at = j * a.pieces.n_closed + begin + event;
             const int32_t death = death_of(a, s, j, sequence, ts::first_tile_of(a, s) + event, a.tile_keys[at], n_held);
@@ -180,7 +180,6 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
     if (n == 0)
         return;
     const int32_t sequence = a.spans[s].sequence;
-    const int64_t span_head = (int64_t)s * n_kv + j;
     const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
     const int64_t n_held_ranges = (n_held + 31) / 32, n_ranges = n_held_ranges + (n + 31) / 32;
     for (int64_t i = (int64_t)blockIdx.x * kWarps + threadIdx.x / 32; i < n_ranges; i += (int64_t)gridDim.x * kWarps) {
@@ -197,7 +196,7 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
                 tile = a.cache.slot_tile[page];
                 key = a.cache.slot_key[page];
                 end = a.cache.slot_decay_end[page];
-                death = ts::death_at(a.held_deaths, span_head * a.held_stride + slot);
+                death = ts::death_at(a.held_deaths, ts::held_at(a, s, j) + slot);
                 mass = a.cache.slot_mass + page * D;
             }
         } else {
@@ -245,7 +244,7 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
                     sums[e] += w * z[t][e];
             }
         }
-        const int64_t at = is_held ? span_head * a.held_ranges_stride + i
+        const int64_t at = is_held ? ts::held_ranges_at(a, s, j) + i
                                    : j * a.pieces.n_groups + a.pieces.group_begin[s] + i - n_held_ranges;
         float *sums_at = (is_held ? a.held_range_masses : a.tile_range_masses) + at * D;
 #pragma unroll
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
         return;
     const bool is_first = a.tile_places != NULL;
     const int32_t sequence = a.spans[s].sequence;
-    const int64_t span_head = (int64_t)s * a.cache.n_kv_heads + j, held_at = span_head * a.held_stride;
+    const int64_t held_at = ts::held_at(a, s, j);
     const int n_held = a.cache.n_held[ts::head_of(a, sequence, j)];
     int n_holes = 0, n_stored = 0;
     for (int i0 = 0; i0 < n_held; i0 += kWide) {
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
         n_stored += total;
     }
     if (threadIdx.x == 0)
-        a.held_after[span_head] = n_held + n_stored - n_holes;
+        a.held_after[(int64_t)s * a.cache.n_kv_heads + j] = n_held + n_stored - n_holes;
 }
 
 template <typename S, int D> __global__ void store_kernel(const __grid_constant__ ts_cuda_attention a) {
@@ -388,13 +387,14 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
     ends_kernel<<<dim3(n_spans, n_kv), kWide, 0, stream>>>(*a);
     if (a->cache.is_sparse) {
         // Blocks for the largest span, but in a batch of many spans not for each as many.
-        const int64_t most = (a->held_stride + a->most_events + kWarps - 1) / kWarps;
+        const int64_t most = (a->most_held + a->most_events + kWarps - 1) / kWarps;
         const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
         if (a->cache.sparsity.cache_tiles > 0) {
             deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
             slots_kernel<<<dim3(n_spans, n_kv), kWide, 0, stream>>>(*a);
         }
-        const int64_t n_ranges = a->held_ranges_stride + (a->most_events + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
+        const int64_t n_ranges =
+            (a->most_held + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP + (a->most_events + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
         const int64_t n_blocks = (n_ranges + kWarps - 1) / kWarps;
         const dim3 grid((unsigned)(n_blocks < share ? n_blocks : share), n_spans, n_kv);
         if (a->cache.head_dim == 64)

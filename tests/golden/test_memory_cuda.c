@@ -56,7 +56,12 @@ static void check_memory(const char *directory, ts_dtype dtype) {
     check_taken("activations", before, after, (double)ts_model_activation_bytes(config, dtype, 1, 1 << 17), 2);
     MUST(ts_batch_buffer_create(golden.device, CHUNK, &buffer));
     MUST(ts_device_sampler_create(golden.device, N_SEQUENCES, &sampler));
+    MUST(ts_device_reserve_scratch(
+        golden.device, ts_model_scratch_bytes(golden.model, ts_tile_cache_layer_at(cache, 0), CHUNK, N_SEQUENCES)));
     MUST(ts_decode_graphs_create(golden.device, golden.self, golden.model, cache, sampler, N_SEQUENCES, &graphs));
+    MUST(ts_decode_graphs_warm_up(graphs, buffer));
+    const size_t scratch_bytes = golden.device->scratch_bytes;
+    cr_expect(scratch_bytes > 0);
     greedy.params.temperature = 0;
     for (int s = 0; s < N_SEQUENCES; s++)
         sampled[s] = &greedy;
@@ -72,7 +77,7 @@ static void check_memory(const char *directory, ts_dtype dtype) {
             forward(&golden, cache, buffer);
         }
     }
-    // The first steps load kernels, choose algorithms, record graphs, and close a tile of every sequence.
+    // The first steps record graphs and close a tile of every sequence.
     const double before_decode = free_bytes(golden.device);
     for (int64_t step = 0; step < N_WARM + N_STEPS; step++) {
         ts_tensor logits;
@@ -87,9 +92,12 @@ static void check_memory(const char *directory, ts_dtype dtype) {
     }
     MUST(ts_device_synchronize(golden.device));
     after = free_bytes(golden.device);
-    cr_log_info("first %d decode steps: %.0f bytes for graphs, kernels and algorithms", N_WARM, before_decode - before);
+    cr_log_info("first %d decode steps: %.0f bytes for graphs and kernels", N_WARM, before_decode - before);
     cr_expect(before == after, "%s %s: %.0f bytes free before %d decode steps, %.0f after them", directory,
               ts_dtype_name(dtype), before, N_STEPS, after);
+    cr_expect_eq(golden.device->scratch_bytes, scratch_bytes,
+                 "%s %s: %zu bytes of scratch were reserved, %zu are taken", directory, ts_dtype_name(dtype),
+                 scratch_bytes, golden.device->scratch_bytes);
     ts_decode_graphs_free(graphs);
     ts_device_sampler_free(sampler);
     ts_batch_buffer_free(buffer);

@@ -145,6 +145,17 @@ static void cache_free(run *r) {
     r->cache.n_memory = 0;
 }
 
+// Scratch for the batch as a run would reserve it; *n_bytes: how much, 0 where the backend does not know.
+static ts_status reserve_scratch(run *r, const ts_batch *batch, size_t *n_bytes) {
+    ts_status status = TS_OK;
+    const ts_run_limits limits = {&r->cache.layer, batch->n_rows, batch->n_spans, 0};
+    *n_bytes = r->device->ops->scratch_bytes ? r->device->ops->scratch_bytes(r->device, &limits) : 0;
+    if (*n_bytes > 0)
+        TS_TRY(ts_device_reserve_scratch(r->device, *n_bytes));
+done:
+    return status;
+}
+
 // One batch: spans[i].n_tokens tokens from spans[i].position on. In decode a row of NaN follows as padding, for which
 // there must be room behind the spans; nothing may be written for it.
 static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
@@ -154,6 +165,7 @@ static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
     ts_tensor qkvg = {0}, y = {0};
     void *device_spans = NULL, *importance = NULL;
     float *rows = NULL, *got = NULL;
+    size_t scratch_bytes;
     if (decode)
         spans[n_spans] = (ts_span){.sequence = TS_PADDING, .n_tokens = 1};
     ts_batch batch = {.decode = decode, .n_spans = n_spans + decode, .spans = spans};
@@ -171,6 +183,7 @@ static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
     TS_TRY(ts_device_alloc(r->device, (size_t)batch.n_spans * sizeof *spans, "case", &device_spans));
     TS_TRY(ts_device_upload(r->device, device_spans, spans, (size_t)batch.n_spans * sizeof *spans));
     batch.device_spans = device_spans;
+    TS_TRY(reserve_scratch(r, &batch, &scratch_bytes));
     if (c->is_sparse) {
         const int64_t n_closed = ts_batch_tiles_completed(&batch, c->tile_size);
         TS_TRY(ts_device_alloc(r->device, (size_t)(n_closed * c->n_kv_heads) * sizeof(double), "case", &importance));
@@ -180,6 +193,9 @@ static ts_status step(run *r, ts_span *spans, int n_spans, bool decode) {
             TS_TRY(ts_op_tile_prune(r->device, &(ts_tile_prune_args){&batch, 1, importance, &r->cache.history}));
     }
     TS_TRY(ts_op_attention(r->device, &(ts_attention_args){&batch, qkvg, &r->cache.layer, 1.0, 1e-6, y}));
+    TS_CHECK(scratch_bytes == 0 || r->device->scratch_bytes == scratch_bytes, TS_ERR_INTERNAL,
+             "%zu bytes of scratch were used, and at most %zu are by scratch_bytes", r->device->scratch_bytes,
+             scratch_bytes);
     got = case_download(r->device, &y);
     for (int64_t e = 0; decode && e < H * d; e++)
         TS_CHECK(isnan(got[n_spans * H * d + e]), TS_ERR_INTERNAL, "y was written for padding");

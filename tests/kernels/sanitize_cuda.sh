@@ -1,4 +1,4 @@
-# sanitize_cuda.sh TOOL PROGRAM TOKENS [sm_80]: the op cases of up to TOKENS tokens, in BF16 all or sm_80's alone, under compute-sanitizer's memcheck or racecheck, without a finding.
+# sanitize_cuda.sh TOOL PROGRAM TOKENS: cases of up to TOKENS tokens under compute-sanitizer's memcheck or racecheck, without a finding.
 set -euo pipefail
 tool=$1 program=$2
 shift 2

@@ -38,6 +38,6 @@ for other in chunks decode cpu; do
 done
 
 # ---- Memory that is not there: said before anything begins
-refused 1 'cuda: this run needs .* are free .*lower --cache-memory' run --device cuda --model "$model" \
+refused 1 'cuda: this run needs .* may be planned.*lower --cache-memory' run --device cuda --model "$model" \
   --input requests.jsonl --output no.jsonl --max-batch 65536 --cache-memory 100000G
 [ ! -e no.jsonl ] || fail "a refused run left an output"
