@@ -9,8 +9,8 @@
 // are folded into S^ here once there are R of them (open_fold.cuh), and there S^ is taken and left in f32
 // (split_float.cuh). Under BF16 R is 16: less to read for every token, and S^ written that much more often.
 #include "kernels/cuda/attention/attention.cuh"
-#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/attention/open_fold.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/primitives/warp_matrix.cuh"
 
 namespace {

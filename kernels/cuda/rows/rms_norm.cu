@@ -1,9 +1,8 @@
 // Residual add and RMSNorm in one pass over a row: bound by memory. A block holds a row in registers between the sum
 // and the scaling, so x is read once; rows too long or too ragged for that are read again.
-#include "kernels/cuda/primitives/activation.cuh"
-#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/primitives/activation.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 
 namespace {
 
