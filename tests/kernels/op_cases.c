@@ -258,8 +258,8 @@ typedef struct linear_case {
 
 static void linear_case_run(ts_device *device, ts_dtype activation, const linear_case *c, uint64_t seed,
                             case_group *group) {
-    // Of every tile of tokens that a kernel may have, and more than one.
-    static const int64_t counts[] = {1, 3, 12, 30, 64, 65, 200};
+    // Of every tile of tokens that a kernel may have, and more than one; more rows than a product of decode has.
+    static const int64_t counts[] = {1, 3, 12, 30, 64, 65, 200, 300};
     const int n_counts = (int)(sizeof counts / sizeof *counts);
     const int64_t most = counts[n_counts - 1], N = c->N, K = c->K;
     const ts_dtype y_dtype = c->wide_y ? TS_F32 : activation;
@@ -335,6 +335,9 @@ static void linear_cases(ts_device *device, ts_dtype activation, case_group *gro
             };
             linear_case_run(device, activation, &c, (uint64_t)(1000 + 100 * size + i), group);
         }
+    // Too many columns for a kernel to cut K: more steps of K than it has stages.
+    const linear_case wide = {.N = 2124, .K = 1160, .w = TS_BF16, .bias = true, .row_invariant = true};
+    linear_case_run(device, activation, &wide, 1900, group);
 }
 
 static void swiglu_cases(ts_device *device, ts_dtype activation, case_group *group) {

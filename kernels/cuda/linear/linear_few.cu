@@ -12,7 +12,8 @@ struct few_shape {
     bool alone; // one block a multiprocessor: else clusters that begin early crowd on those that are free first
 };
 
-constexpr int kAloneBytes = 116 << 10; // of shared memory, which two blocks of a multiprocessor cannot have
+constexpr int kAloneBytes = 116 << 10;   // of shared memory, which two blocks of a multiprocessor cannot have
+constexpr int64_t kNextBytes = 16 << 20; // of the next weights: more would drive out of L2 what was brought there
 
 // Enough blocks for few tokens, whatever device this is.
 int parts_of(int64_t n, int64_t k) {
@@ -63,6 +64,12 @@ decltype(&launch<8, 1>) launch_of(const few_shape &s) {
                             : launch<128, 1>;
 }
 
+// Whole units of 16 bytes, none beyond the last element.
+int64_t bytes_brought(const ts_tensor *w) {
+    const int64_t all = ((w->rows - 1) * w->stride + w->cols) * (int64_t)ts_dtype_bytes(w->dtype) / 16 * 16;
+    return all < kNextBytes ? all : kNextBytes;
+}
+
 ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_args *args, const ts_tensor &w,
                    bool early) {
     ts_status status = TS_OK;
@@ -81,8 +88,7 @@ ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_a
         .gelu = args->activation == TS_ACTIVATION_GELU_TANH,
         .next_w = next ? (const unsigned char *)next->data : NULL,
         .next_bytes = 0,
-        .next_total =
-            next ? ((next->rows - 1) * next->stride + next->cols) * (int64_t)ts_dtype_bytes(next->dtype) / 16 * 16 : 0,
+        .next_total = next ? bytes_brought(next) : 0,
     };
     TS_CHECK(ts::tensor_map_create(&maps.w, encode, w.data, w.rows, w.cols, w.stride, ts::kFewRows) &&
                  ts::tensor_map_create(&maps.x, encode, x.data, x.rows, x.cols, x.stride, s.tokens) &&
