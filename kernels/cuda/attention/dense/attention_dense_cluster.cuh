@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         };
         for (int stage = 0; stage < 2; stage++) {
             for (int from = 0; from < kClusterBlocks; from++)
-                begin(shared.inbox_full[stage][from], 1);
+                begin(shared.inbox_full[stage][from], 2); // each warp of the recurrence
             for (int i = 0; i < kWorkers; i++) {
                 begin(shared.state_full[i][stage], 1);
                 begin(shared.keys_full[i][stage], 1);

@@ -128,9 +128,13 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
             const uint32_t arrived = inbox_full + stage * (uint32_t)sizeof(shared.inbox_full[0]);
-            if (warp == 0 && lane < kClusterBlocks)
+            // Both warps arrive: a block without a tile waits for neither, and could end two phases while one is
+            // behind.
+            if (lane < kClusterBlocks && warp == 0)
                 expect_bytes(arrived + 8 * lane,
                              min(max(n - lane * kWorkers, 0), kWorkers) * kSliceBytes + kWorkers * 16);
+            else if (lane < kClusterBlocks)
+                arrive(arrived + 8 * lane);
             if (wave + kWaveTiles >= w.end_tile) // while there is time
                 next = next_work<TilePieces>(a, w.item + n_clusters, n_clusters);
             const uint32_t inbox = shared_address(shared.inbox[stage]),

@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
                          : "memory");
         };
         for (int from = 0; from < kClusterBlocks; from++)
-            begin(shared.inbox_full[from], 1);
+            begin(shared.inbox_full[from], 2); // each warp of the recurrence
         for (int stage = 0; stage < 2; stage++) {
             begin(shared.keys_full[stage], 1);
             begin(shared.gates_full[stage], 32); // every lane arrives for what it has written itself

@@ -124,8 +124,12 @@ __device__ __forceinline__ void run_wide_recurrence(const DenseArgs &a, WideShar
         };
         for (int wave = w.first_tile; wave < w.end_tile; wave += kClusterBlocks, parity ^= 1) {
             const int n = min(kClusterBlocks, w.end_tile - wave);
-            if (warp == 0 && lane < kClusterBlocks)
+            // Both warps arrive: a block without a tile waits for neither, and could end two phases while one is
+            // behind.
+            if (lane < kClusterBlocks && warp == 0)
                 expect_bytes(inbox_full + 8 * lane, (lane < n ? kWideRowsBytes + kWideMassBytes : 0) + 16);
+            else if (lane < kClusterBlocks)
+                arrive(inbox_full + 8 * lane);
             if (wave + kClusterBlocks >= w.end_tile) // while there is time
                 next = next_work<WidePieces>(a, w.item + n_clusters, n_clusters);
                 // A tile is answered after its own state has been taken: only then may what follows it come.
