@@ -12,20 +12,19 @@
 
 namespace {
 
+// One size of blocks for every call: the order in which scores are summed must not depend on the batch (I3).
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
 constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
+constexpr int kAtOnce = kThreads / kShares;            // candidates
 constexpr int kNewest = 4;                             // ranges scored first
 constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
 template <int D> constexpr int kQueryPitch = D + 8;
 
-// Of a block of kThreads.
-template <int kThreads_> struct block_shape {
-    static constexpr int kThreads = kThreads_, kWarps = kThreads / 32, kAtOnce = kThreads / kShares; // candidates
-    template <int D>
-    static constexpr int
-        kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
-};
+template <int D>
+constexpr int
+    kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
 
 struct event_group {
     int span, n_events, n_held;
@@ -104,10 +103,10 @@ __device__ __forceinline__ double about_log(double x) {
 
 // scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
 // half of the events. Rows without a tile are of whatever lies at `any`.
-template <int D, typename Shape>
+template <int D>
 __device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
                                             float *scores) {
-    constexpr int kWarps = Shape::kWarps, kRowBlocks = Shape::kAtOnce / 16;
+    constexpr int kRowBlocks = kAtOnce / 16;
     constexpr int kAhead = 2; // steps whose loads are under way together
     static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
@@ -159,10 +158,9 @@ __device__ __forceinline__ void score_tiles(const float *const *mass_of, const f
 
 // Neighbouring threads have one candidate and a share of the events each: kAtOnce candidates at a time. Pass 1 keeps
 // the dots in the list; pass 2 decides and writes the list over what it has read.
-template <int D, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
+template <int D>
+__global__ void __launch_bounds__(kThreads, 2)
     choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
-    constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps, kAtOnce = Shape::kAtOnce;
     extern __shared__ float4 memory[];
     float *const scores = (float *)memory;
     ts::bf16 *const queries =
@@ -225,7 +223,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
         if (share == 0)
             mass_of[place] = mass;
         __syncthreads();
-        score_tiles<D, Shape>(mass_of, a.tile_masses, queries, scores);
+        score_tiles<D>(mass_of, a.tile_masses, queries, scores);
         __syncthreads();
         const float4 x = ts::load4(scores + place * kScorePitch + g0),
                      y = ts::load4(scores + place * kScorePitch + g0 + 4);
@@ -417,22 +415,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     }
 }
 
-template <int D, int kThreads> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    using Shape = block_shape<kThreads>;
-    constexpr int kBytes = Shape::template kSharedBytes<D>;
-    (void)cudaFuncSetAttribute(choose_kernel<D, Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    choose_kernel<D, Shape>
-        <<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kBytes, stream>>>(
-            *a, ts_cuda_attention_sums_bf16(a));
-}
-
-// Small blocks wait less for each other; where groups are few, large ones end sooner.
 template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    constexpr int64_t kMany = 512; // blocks that the device has room for, about
-    if (a->n_wave_groups * a->cache.n_kv_heads >= kMany)
-        launch<D, 256>(stream, a);
-    else
-        launch<D, 512>(stream, a);
+    (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
+    choose_kernel<D>
+        <<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>, stream>>>(
+            *a, ts_cuda_attention_sums_bf16(a));
 }
 
 } // namespace
