@@ -1,8 +1,6 @@
 // One GPU as a device: its memory, its stream, and the pinned stages between host and device.
 #include "kernels/cuda/device.h"
 
-#include "kernels/cuda/linear/linear.h"
-
 #include <stdio.h>
 #include <stdlib.h>
 
