@@ -19,12 +19,20 @@ constexpr int kParts = 3;                              // BF16 numbers that add 
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
 template <int D> constexpr int kQueryPitch = D + 8;
 
+// Which block size a call gets depends on the batch, but no bit of a selection may (I3). So every size looks at kFewest
+// ranges at a time and adds up as the smallest block does, whose threads each add their candidates one after the other:
+// in a larger block the first kFewest threads add what the others hand them, in that order.
+constexpr int kFewest = 256;
+
 // Of a block of kThreads.
 template <int kThreads_> struct block_shape {
     static constexpr int kThreads = kThreads_, kWarps = kThreads / 32, kAtOnce = kThreads / kShares; // candidates
+    static constexpr int kHanded = (kThreads - kFewest) * kEvents; // terms handed over at a time
+    static_assert(kThreads == kFewest || kThreads == 2 * kFewest, "one thread hands its terms to another, or none");
     template <int D>
     static constexpr int
-        kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
+        kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) +
+                       kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16) + kHanded *(int)sizeof(double);
 };
 
 struct event_group {
@@ -167,11 +175,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     float *const scores = (float *)memory;
     ts::bf16 *const queries =
         (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
+    double *const handed = (double *)(queries + kParts * kGroup * kQueryPitch<D>); // [kEvents, kThreads - kFewest]
     __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
     __shared__ double lowest[2];         // keys below which no event selects a tile, and below which tiles do not count
     __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
     __shared__ int counts[kWarps];
-    __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
+    __shared__ int64_t ranges[kFewest], sums_only[kFewest]; // of slots, or ~range of events
     __shared__ const float *mass_of[kAtOnce];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int share = tid % kShares, g0 = share * kEvents, place = tid / kShares;
@@ -232,6 +241,30 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
         dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
         dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
     };
+    // Adds this thread's terms, those of the events in `which`, to the totals. `handed` is read before dots_with's
+    // second wait.
+    const auto add = [&](unsigned which, double end, const float(&dots)[kEvents]) {
+        const auto term = [&](int g) { return (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g]; };
+        if constexpr (kThreads == kFewest) {
+#pragma unroll
+            for (int g = 0; g < kEvents; g++)
+                if (which >> g & 1u)
+                    totals[g] += term(g);
+        } else {
+            if (tid >= kFewest)
+#pragma unroll
+                for (int g = 0; g < kEvents; g++)
+                    handed[g * kFewest + tid - kFewest] = which >> g & 1u ? term(g) : 0.0;
+            __syncthreads();
+            if (tid < kFewest)
+#pragma unroll
+                for (int g = 0; g < kEvents; g++) {
+                    if (which >> g & 1u)
+                        totals[g] += term(g);
+                    totals[g] += handed[g * kFewest + tid];
+                }
+        }
+    };
     const auto score = [&](int n_ranges) {
         for (int r0 = 0; r0 < n_ranges; r0 += kAtOnce / kRange) {
             const int r = r0 + place / kRange;
@@ -248,10 +281,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
                       : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
                                 : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
                       dots);
-#pragma unroll
-            for (int g = 0; g < kEvents; g++)
-                if (c.held >> g & 1u)
-                    totals[g] += (double)ts::reach_of(ends[g0 + g] - c.end) * (double)dots[g];
+            add(c.held, c.end, dots);
             if (!there)
                 continue;
             if (share == 0)
@@ -295,12 +325,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     const int n_newest = (int)min((int64_t)kNewest, own + 1);
     const int64_t first_recent = group.first_tile + group.first + 1 - rules.recent_tiles; // tile, at the first event
     const int64_t n_others = n_held_ranges + own + 1 - n_newest;
-    for (int64_t i0 = -kThreads; i0 < n_others; i0 += kThreads) {
+    for (int64_t i0 = -kFewest; i0 < n_others; i0 += kFewest) {
         const bool are_newest = i0 < 0;
         const int64_t i = i0 + tid;
         bool needed = are_newest && tid < n_newest, counts_whole = false;
         int64_t range = ~(own - tid);
-        if (!are_newest && i < n_others) {
+        if (!are_newest && tid < kFewest && i < n_others) {
             const double lowest_selected = lowest[0], lowest_counted = lowest[1];
             const bool is_held = i < n_held_ranges;
             range = is_held ? i : ~(i - n_held_ranges);
@@ -330,10 +360,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
                       : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
                                    : a.tile_range_masses + (tiles_at + ~whole) * D,
                       dots);
-#pragma unroll
-            for (int g = 0; g < kEvents; g++)
-                if (there && g < n_events)
-                    totals[g] += (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g];
+            add(there ? (1u << n_events) - 1 : 0, end, dots);
         }
         if (!are_newest)
             continue;
