@@ -49,11 +49,8 @@ static ts_status parse_own(void *context, int option, const char *value) {
 static ts_status plan_memory(ts_launch *launch, size_t cache_bytes, const ts_replica_options *limits,
                              ts_memory_plan *plan) {
     ts_status status = TS_OK;
-    const ts_config *config = ts_model_config(launch->model);
     const int tp = ts_grid_extent(launch->grid).tp;
-    ts_tile_cache_shape shape = ts_tile_cache_shape_of(config, tp);
-    shape.open_dtype = launch->device->compute_dtype;
-    shape.slot_dtype = limits->slot_dtype;
+    const ts_tile_cache_shape shape = ts_replica_cache_shape(launch->device, tp, launch->model, limits);
     size_t free_bytes, total_bytes;
     TS_TRY(ts_device_memory(launch->device, &free_bytes, &total_bytes));
     free_bytes /= (size_t)launch->n_sharing;

@@ -8,7 +8,7 @@ enum { N_SIZES = 64 };
 
 typedef struct recorded {
     ts_device_graph *graph;
-    bool has_run; // op by op: memory has grown to what the step needs, and products have chosen their algorithms
+    bool has_run; // op by op: its kernels are loaded, and without a warm-up memory has grown and algorithms are chosen
     int64_t sampler_moves;
     ts_tensor logits;
 } recorded;

@@ -9,9 +9,10 @@
 //     TS_TRY(ts_device_sampler_collect(sampler, sampled, n, choices));
 //     ts_decode_graphs_free(graphs);
 //
-// The first step of every size runs op by op. All do where the device records no graphs and where ranks share the model
-// (their sums go through the host); batches are then not filled up. In sparse form the steps in which a tile completes
-// have graphs of their own, so that the others need not launch what closes tiles.
+// The first step of every size but the largest, which is warmed up, runs op by op. All do where the device records no
+// graphs and where ranks share the model (their sums go through the host); batches are then not filled up. In sparse
+// form the steps in which a tile completes have graphs of their own, so that the others need not launch what closes
+// tiles.
 #ifndef TS_DECODE_GRAPHS_H
 #define TS_DECODE_GRAPHS_H
 

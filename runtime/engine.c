@@ -57,9 +57,7 @@ ts_status ts_engine_create(ts_device *device, ts_group *tp, ts_model *model, con
     engine->tokenizer = tokenizer;
     engine->replica = replica;
     engine->options = *options;
-    engine->shape = ts_tile_cache_shape_of(ts_model_config(model), ts_group_size(tp));
-    engine->shape.open_dtype = device->compute_dtype;
-    engine->shape.slot_dtype = options->slot_dtype;
+    engine->shape = ts_replica_cache_shape(device, ts_group_size(tp), model, options);
     engine->admissions = calloc(n, sizeof *engine->admissions);
     engine->admission_pointers = calloc(n, sizeof *engine->admission_pointers);
     engine->samplings = calloc(n, sizeof *engine->samplings);

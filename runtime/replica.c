@@ -26,8 +26,8 @@ struct ts_replica {
     size_t n_logits;
 };
 
-static ts_tile_cache_shape cache_shape(const ts_device *device, int tp_size, const ts_model *model,
-                                       const ts_replica_options *options) {
+ts_tile_cache_shape ts_replica_cache_shape(const ts_device *device, int tp_size, const ts_model *model,
+                                           const ts_replica_options *options) {
     ts_tile_cache_shape shape = ts_tile_cache_shape_of(ts_model_config(model), tp_size);
     shape.open_dtype = device->compute_dtype;
     shape.slot_dtype = options->slot_dtype;
@@ -42,7 +42,7 @@ static int64_t max_rows_of(const ts_replica_options *options) {
 // What ops on this rank work in, in the largest steps.
 static size_t scratch_bytes(const ts_device *device, int tp_size, const ts_model *model,
                             const ts_replica_options *options) {
-    const ts_tile_cache_shape shape = cache_shape(device, tp_size, model, options);
+    const ts_tile_cache_shape shape = ts_replica_cache_shape(device, tp_size, model, options);
     const ts_tile_cache_layer layer = ts_tile_cache_layer_of(&shape, options->n_pages);
     return ts_model_scratch_bytes(model, &layer, max_rows_of(options), options->max_sequences);
 }
@@ -63,7 +63,7 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
                             ts_replica **out) {
     ts_status status = TS_OK;
     const int tp_size = ts_group_size(tp);
-    const ts_tile_cache_shape shape = cache_shape(device, tp_size, model, options);
+    const ts_tile_cache_shape shape = ts_replica_cache_shape(device, tp_size, model, options);
     const size_t n = (size_t)options->max_sequences;
     const int64_t max_rows = max_rows_of(options);
     ts_replica *replica = calloc(1, sizeof *replica);

@@ -24,6 +24,10 @@ ts_status ts_replica_create(ts_device *device, ts_group *tp, ts_model *model, co
                             ts_replica **out);
 void ts_replica_free(ts_replica *replica);
 
+// The shape of a replica's tile cache on each rank.
+ts_tile_cache_shape ts_replica_cache_shape(const ts_device *device, int tp_size, const ts_model *model,
+                                           const ts_replica_options *options);
+
 // Bytes of device memory that a replica takes on each rank besides its tile cache, for the memory plan; the scratch of
 // ops among them where the device knows it (ts_model_scratch_bytes).
 size_t ts_replica_bytes(const ts_device *device, int tp_size, const ts_model *model, const ts_replica_options *options);

@@ -76,12 +76,6 @@ static int64_t ranges_of(int64_t n_tiles) {
     return (n_tiles + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
 }
 
-// Tiles that a span may hold before the batch.
-static int64_t most_held(const ts_tile_cache_layer *cache, const ts_span *span) {
-    const int64_t n_tiles = span->position / cache->tile_size;
-    return n_tiles < cache->page_table_stride ? n_tiles : cache->page_table_stride;
-}
-
 // Bytes of the lists of one wave for each tile that all KV heads list.
 static size_t entry_bytes_of(const ts_cuda_attention *a) {
     return (size_t)a->cache.n_kv_heads * (sizeof *a->list_at + TS_CUDA_GROUP * sizeof *a->list_weights);
@@ -99,7 +93,8 @@ static bool next_wave(const ts_batch *batch, wave_place *next, ts_cuda_attention
             *next = (wave_place){next->span + 1, 0};
             continue;
         }
-        const int64_t n_ranges = ranges_of(most_held(&a->cache, span)) + next->group + 1;
+        const int64_t n_ranges =
+            ranges_of(ts_cuda_span_held(span, a->cache.tile_size, a->cache.page_table_stride)) + next->group + 1;
         const int64_t stride = n_ranges * TS_CUDA_GROUP > a->list_stride ? n_ranges * TS_CUDA_GROUP : a->list_stride;
         if (a->n_wave_groups > 0 && (size_t)(a->n_wave_groups + 1) * (size_t)stride * entry_bytes > LIST_BYTES)
             break;
@@ -121,7 +116,7 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, ts_cuda_atten
     for (int32_t s = 0; s < batch->n_spans; s++) {
         const int64_t before = batch->spans[s].position / T;
         const int64_t events = ts_span_tiles_completed(&batch->spans[s], (int32_t)T);
-        const int64_t held = most_held(&a->cache, &batch->spans[s]);
+        const int64_t held = ts_cuda_span_held(&batch->spans[s], (int32_t)T, a->pieces.most_slots);
         most_lead = before > most_lead ? before : most_lead;
         a->most_held = held > a->most_held ? held : a->most_held;
         a->most_events = events > a->most_events ? events : a->most_events;

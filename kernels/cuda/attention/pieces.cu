@@ -102,6 +102,10 @@ size_t aligned(size_t n_bytes) {
 
 } // namespace
 
+int64_t ts_cuda_span_held(const ts_span *span, int32_t tile_size, int64_t most_slots) {
+    return held_of(*span, tile_size, most_slots);
+}
+
 void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, int64_t most_slots, ts_cuda_pieces *out) {
     memset(out, 0, sizeof *out);
     out->n_spans = batch->n_spans;

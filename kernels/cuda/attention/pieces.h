@@ -38,6 +38,9 @@ typedef struct ts_cuda_pieces {
     int64_t *held_begin;    // [n_spans + 1] first of the held tiles of each span
 } ts_cuda_pieces;
 
+// Tiles that a span may hold before the batch, where a sequence can hold most_slots.
+int64_t ts_cuda_span_held(const ts_span *span, int32_t tile_size, int64_t most_slots);
+
 // Counts the pieces of a batch, on the host. most_slots: tiles that a sequence can hold; 0 where nobody asks for
 // n_held.
 void ts_cuda_pieces_count(const ts_batch *batch, int32_t tile_size, int64_t most_slots, ts_cuda_pieces *out);
