@@ -127,7 +127,8 @@ typedef struct ts_linear_args {
     const ts_tensor *bias; // [1, N] of y's dtype, or NULL
     ts_tensor y;           // [M, N] out
     ts_activation activation;
-    bool row_invariant; // a row's value must not depend on M: decode (I3)
+    bool row_invariant;      // a row's value must not depend on M: decode (I3)
+    const ts_tensor *next_w; // weights that the next product reads, or NULL: they may be brought nearer meanwhile
 } ts_linear_args;
 
 // y = silu(gate_up[:, :F]) * gate_up[:, F:].

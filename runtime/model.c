@@ -186,9 +186,10 @@ static ts_status norm(ts_model *model, ts_tensor x, const ts_tensor *residual, t
     return ts_op_rms_norm(model->device, &(ts_rms_norm_args){x, residual, weight, model->config.rms_norm_eps, h});
 }
 
-static ts_status linear(ts_model *model, const ts_batch *batch, ts_tensor x, ts_tensor w, const ts_tensor *bias,
-                        ts_activation activation, ts_tensor y) {
-    return ts_op_linear(model->device, &(ts_linear_args){x, w, bias, y, activation, batch->decode});
+// next_w: of the product after this one.
+static ts_status linear(ts_model *model, const ts_batch *batch, ts_tensor x, ts_tensor w, ts_activation activation,
+                        ts_tensor y, const ts_tensor *next_w) {
+    return ts_op_linear(model->device, &(ts_linear_args){x, w, NULL, y, activation, batch->decode, next_w});
 }
 
 // Rule 1, decided in layer 0 for every layer: importance of the tiles that end in this batch, and which are pruned.
@@ -221,7 +222,7 @@ static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_
     // Rule 1 counts tiles of strictly smaller importance. Tiles of the same tokens must tie to the last bit, wherever
     // they stand in a batch, or rounding would decide which of them is kept.
     TS_TRY(ts_op_linear(model->device, &(ts_linear_args){h, layer->qkvg, &layer->qkvg_bias, qkvg, TS_ACTIVATION_NONE,
-                                                         batch->decode || prunes}));
+                                                         batch->decode || prunes, &layer->o}));
     if (prunes)
         TS_TRY(prune_tiles(model, cache, batch, qkvg));
     TS_TRY(ts_op_attention(model->device, &(ts_attention_args){batch, qkvg, ts_tile_cache_layer_at(cache, l),
@@ -253,15 +254,16 @@ ts_status ts_model_forward(ts_model *model, ts_tile_cache *cache, const ts_batch
     TS_TRY(reduce(model, x)); // each row stands on one rank, zeros on the others
     for (int32_t l = 0; l < model->config.n_layers; l++) {
         const ts_layer_weights *layer = &weights->layers[l];
+        const ts_tensor *next = l + 1 < model->config.n_layers ? &weights->layers[l + 1].qkvg : NULL;
         TS_TRY(norm(model, x, l > 0 ? &delta : NULL, layer->input_norm, h));
         TS_TRY(mixers[layer->mixer](model, cache, batch, l, h, y));
-        TS_TRY(linear(model, batch, y, layer->o, NULL, TS_ACTIVATION_NONE, delta));
+        TS_TRY(linear(model, batch, y, layer->o, TS_ACTIVATION_NONE, delta, &layer->up));
         TS_TRY(reduce(model, delta));
         TS_TRY(norm(model, x, &delta, layer->post_norm, h));
-        TS_TRY(linear(model, batch, h, layer->up, NULL, activation, up));
+        TS_TRY(linear(model, batch, h, layer->up, activation, up, &layer->down));
         if (swiglu)
             TS_TRY(ts_op_swiglu(model->device, &(ts_swiglu_args){up, gated}));
-        TS_TRY(linear(model, batch, swiglu ? gated : up, layer->down, NULL, TS_ACTIVATION_NONE, delta));
+        TS_TRY(linear(model, batch, swiglu ? gated : up, layer->down, TS_ACTIVATION_NONE, delta, next));
         TS_TRY(reduce(model, delta));
     }
     TS_TRY(norm(model, x, &delta, weights->final_norm, h));
@@ -302,7 +304,7 @@ ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, 
         h = selected;
     }
     TS_TRY(ts_op_linear(model->device,
-                        &(ts_linear_args){h, model->weights.head, NULL, out, TS_ACTIVATION_NONE, row_invariant}));
+                        &(ts_linear_args){h, model->weights.head, NULL, out, TS_ACTIVATION_NONE, row_invariant, NULL}));
     *logits = out;
 done:
     return status;

@@ -33,6 +33,8 @@ typedef struct ts_cuda_device {
     void *blas_workspace; // [BLAS_BYTES]
     ts_cuda_linear_plan *linear_plans;
     int n_linear_plans, linear_plan_capacity;
+    // Since the last attention op a kernel was enqueued that ends only when all before it have.
+    bool cache_is_settled;
 } ts_cuda_device;
 
 static inline ts_cuda_device *ts_cuda_device_of(ts_device *device) {

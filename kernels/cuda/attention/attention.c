@@ -236,8 +236,10 @@ ts_status ts_cuda_attention_forward(ts_device *device, const ts_attention_args *
         .decay_temperature = args->decay_temperature,
         .normalizer_eps = (float)args->normalizer_eps,
         .capability = ts_cuda_device_of(device)->dense_plan.capability,
+        .cache_is_settled = ts_cuda_device_of(device)->cache_is_settled,
         .all_in_slots = stays_in_slots(args->cache),
     };
+    ts_cuda_device_of(device)->cache_is_settled = false;
     TS_TRY(ts_cuda_check_activation(&args->qkvg, "attention: qkvg"));
     TS_CHECK(args->qkvg.dtype == args->y.dtype && is_aligned(&args->qkvg) && is_aligned(&args->y), TS_ERR_INVALID,
              "cuda: attention: qkvg and y must have one dtype and rows that begin at multiples of 16 bytes");

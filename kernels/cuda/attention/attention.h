@@ -34,7 +34,8 @@ typedef struct ts_cuda_attention {
     ts_tensor qkvg, y;
     double decay_temperature;
     float normalizer_eps;
-    int capability;    // kernels of: 80, 90
+    int capability;        // kernels of: 80, 90
+    bool cache_is_settled; // the kernel in front does not write the cache, and all before it have ended when it does
     bool all_in_slots; // no budget and no pruning: every tile stays and is made in a new slot, in the order of events
 
     double *c;           // [KV, n_rows] eq. (5)

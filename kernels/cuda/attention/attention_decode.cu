@@ -10,6 +10,7 @@
 // (split_float.cuh). Under BF16 R is 16: less to read for every token, and S^ written that much more often.
 #include "kernels/cuda/attention/attention.cuh"
 #include "kernels/cuda/attention/open_fold.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/primitives/warp_matrix.cuh"
 
 namespace {
@@ -162,8 +163,10 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     const int index = blockIdx.x / a.cache.n_kv_heads, j = blockIdx.x - index * a.cache.n_kv_heads;
     const int group = a.cache.n_heads / a.cache.n_kv_heads;
     const ts_span span = a.spans[index];
-    if (span.sequence == TS_PADDING)
+    if (span.sequence == TS_PADDING) {
+        ts::wait_for_front();
         return;
+    }
     const int64_t head = ts::head_of(a, span.sequence, j);
     const int n = (int)(span.position % R);
     const bool folds = shape::kMayFold && !a.cache.is_sparse && n == R - 1;
@@ -173,17 +176,6 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     double *open_c = a.cache.open_c + head * R;
     float *open_gate = sizeof(A) < 4 ? a.cache.open_gate + head * R : NULL;
     const ts::token_row<A> row = ts::row_of<A, D>(a, span.row);
-    // What the block waits for first is asked for first.
-    const A *queries_at = row.q + j * group * D;
-    const A first_query = queries_at[min(tid, group * D - 1)];
-    A logit;
-    double c_before = 0;
-    if (tid == 0) {
-        logit = row.decay_gate[j];
-        c_before = n > 0 ? open_c[n - 1] : 0.0;
-    } else if (tid == 32) {
-        logit = row.key_gate[j];
-    }
     // Each lane weighs one of its warp's tokens: that of row lane / kRows of lane group lane % kRows.
     const int weighed = warp * kRows + lane % kRows + lane / kRows * kParts;
     const bool is_open = lane < kOpenRows * kRows && weighed < n;
@@ -194,16 +186,29 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     row_parts<A, kOpenRows, shape::kThreads, shape::kShared> keys(shared_rows + kStateRows * shape::kThreads);
     row_parts<A, kOpenRows, shape::kThreads, shape::kShared> values(shared_rows +
                                                                     (kStateRows + kOpenRows) * shape::kThreads);
+    // The cache first: the kernel in front, which makes the token's row, may still run.
 #pragma unroll
     for (int i = 0; i < kStateRows; i++)
         state.ask(i, state_at + i * kParts * D, true);
 #pragma unroll
     for (int i = 0; i < kOpenRows; i++) {
-        const int m = first + i * kParts;
-        keys.ask(i, m < n ? open_k + i * kParts * D : row.k + j * D + column, m <= n);
-        values.ask(i, m < n ? open_v + i * kParts * D : row.v + j * D + column, m <= n);
+        const bool is_there = first + i * kParts < n;
+        keys.ask(i, open_k + i * kParts * D, is_there);
+        values.ask(i, open_v + i * kParts * D, is_there);
     }
     ts::copy_commit();
+    const double c_before = tid == 0 && n > 0 ? open_c[n - 1] : 0.0;
+    ts::wait_for_front();
+    ts::let_next_begin();
+    const A *queries_at = row.q + j * group * D;
+    const A first_query = queries_at[min(tid, group * D - 1)];
+    A logit;
+    if (tid == 0)
+        logit = row.decay_gate[j];
+    else if (tid == 32)
+        logit = row.key_gate[j];
+    const uint4 new_key = __ldcg((const uint4 *)(row.k + j * D + column));
+    const uint4 new_value = __ldcg((const uint4 *)(row.v + j * D + column));
     if (shape::kDense && folds) { // asked for at last, and not to be waited for then
 #pragma unroll
         for (int i = 0; i < kStateRows; i++)
@@ -240,7 +245,8 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     for (int i = 0; i < kOpenRows; i++) {
         scale_of[i] = __shfl_sync(~0u, weigh, i * kRows + lane / kLanes);
         if (first + i * kParts == n) {
-            keys.set(i, opened(new_gate, keys.get(i), (const A *)NULL));
+            keys.set(i, opened(new_gate, new_key, (const A *)NULL));
+            values.set(i, new_value);
             *(uint4 *)(open_k + i * kParts * D) = keys.get(i);
             *(uint4 *)(open_v + i * kParts * D) = values.get(i);
         }
@@ -356,35 +362,33 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     }
 }
 
-template <typename A, int D, int R> void launch_rows(cudaStream_t stream, const ts_cuda_attention *a) {
+template <typename A, int D, int R> cudaError_t launch_rows(cudaStream_t stream, const ts_cuda_attention *a) {
     using shape = decode_shape<A, D, R>;
     constexpr int token = shape::kSumBytes + shape::kRowBytes;
     const int bytes = a->cache.is_sparse || shape::kFoldBytes < token ? token : shape::kFoldBytes;
     static_assert(token <= 163 << 10 && (shape::kFoldBytes <= 163 << 10), "what a block may have on an A100");
     const unsigned n_blocks = (unsigned)a->pieces.n_spans * (unsigned)a->cache.n_kv_heads;
     (void)cudaFuncSetAttribute(decode_kernel<A, D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    decode_kernel<A, D, R><<<n_blocks, shape::kThreads, bytes, stream>>>(*a);
+    ts::launch_config l(dim3(n_blocks), shape::kThreads, (size_t)bytes, stream);
+    if (a->cache_is_settled && a->capability == 90)
+        l.begin_early();
+    return cudaLaunchKernelEx(&l.config, decode_kernel<A, D, R>, *a);
 }
 
-template <typename A> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+template <typename A> cudaError_t launch(cudaStream_t stream, const ts_cuda_attention *a) {
     const bool d64 = a->cache.head_dim == 64;
     if constexpr (sizeof(A) == 2) {
-        if (!a->cache.is_sparse) {
-            d64 ? launch_rows<A, 64, TS_FOLD_TOKENS>(stream, a) : launch_rows<A, 128, TS_FOLD_TOKENS>(stream, a);
-            return;
-        }
+        if (!a->cache.is_sparse)
+            return d64 ? launch_rows<A, 64, TS_FOLD_TOKENS>(stream, a) : launch_rows<A, 128, TS_FOLD_TOKENS>(stream, a);
     }
-    if (d64)
-        launch_rows<A, 64, 64>(stream, a);
-    else if (a->cache.tile_size == 64)
-        launch_rows<A, 128, 64>(stream, a);
-    else
-        launch_rows<A, 128, 128>(stream, a);
+    return d64                        ? launch_rows<A, 64, 64>(stream, a)
+           : a->cache.tile_size == 64 ? launch_rows<A, 128, 64>(stream, a)
+                                      : launch_rows<A, 128, 128>(stream, a);
 }
 
 } // namespace
 
 ts_status ts_cuda_attention_decode(cudaStream_t stream, const ts_cuda_attention *a) {
-    a->qkvg.dtype == TS_F32 ? launch<float>(stream, a) : launch<ts::bf16>(stream, a);
-    return ts_cuda_status(cudaGetLastError(), "attention: decode");
+    return ts_cuda_status(a->qkvg.dtype == TS_F32 ? launch<float>(stream, a) : launch<ts::bf16>(stream, a),
+                          "attention: decode");
 }

@@ -1,4 +1,5 @@
-// y = activation(x w^T + bias) by cuBLASLt, which sees columns where we see rows: y^T [N, M] = w [N, K] x^T [K, M].
+// y = activation(x w^T + bias) by cuBLASLt, which sees columns where we see rows: y^T [N, M] = w [N, K] x^T [K, M]. The
+// products of decode go to a kernel of our own where it applies (linear_few.cu).
 //
 // F32 activations are multiplied in full f32 (no tf32): that mode is for validation. Weights in another dtype than the
 // activations are converted into scratch at each call; a model that runs in BF16 has its matrices in BF16 already.
@@ -30,6 +31,10 @@ ts_status ts_cuda_linear(ts_device *base, const ts_linear_args *args) {
     if (args->x.rows == 0)
         goto done;
     TS_TRY(convert(base, args, &in.w));
+    if (ts_cuda_linear_few_applies(device, args, &in.w)) {
+        TS_TRY(ts_cuda_linear_few(device, args, &in.w, in.w.data == args->w.data));
+        goto done;
+    }
     in.epilogue = !fuses               ? CUBLASLT_EPILOGUE_DEFAULT
                   : args->bias && gelu ? CUBLASLT_EPILOGUE_GELU_BIAS
                   : args->bias         ? CUBLASLT_EPILOGUE_BIAS

@@ -11,6 +11,9 @@ extern "C" {
 // Rows that a product of decode has at most, and the classes of row counts that algorithms are chosen for.
 enum { TS_CUDA_LINEAR_FEW_ROWS = 256, TS_CUDA_LINEAR_N_CLASSES = 5 };
 
+// Columns of y that the kernel for few rows is for: more are so many blocks that it has no advantage.
+enum { TS_CUDA_LINEAR_FEW_COLUMNS = 8192 };
+
 // y = epilogue(x w^T + bias), as cuBLASLt is to have it: w of x's dtype.
 typedef struct ts_cuda_linear_operands {
     ts_tensor x, w, y;
@@ -43,6 +46,13 @@ ts_status ts_cuda_linear_find_plan(ts_cuda_device *device, const ts_cuda_linear_
 // Enqueues the product; at most TS_CUDA_LINEAR_FEW_ROWS rows where the plan is of decode.
 ts_status ts_cuda_linear_multiply(ts_cuda_device *device, const ts_cuda_linear_operands *in,
                                   const ts_cuda_linear_plan *plan);
+
+// Whether the kernel for few rows takes the product: on Hopper, row invariant, everything BF16 (w is args->w or what it
+// has been converted to) with rows that begin at multiples of 16 bytes. The number of rows is not asked.
+bool ts_cuda_linear_few_applies(const ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w);
+
+// The product by that kernel. early: w is not written by the kernel in front on the stream.
+ts_status ts_cuda_linear_few(ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w, bool early);
 
 // y = activation(y + bias), elementwise. bias, of y's dtype, may be NULL.
 ts_status ts_cuda_linear_finish(cudaStream_t stream, const ts_tensor *y, const ts_tensor *bias,

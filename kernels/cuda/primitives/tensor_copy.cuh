@@ -10,14 +10,16 @@
 
 namespace ts {
 
-// `encode` is the driver's cuTensorMapEncodeTiled. Rows begin at multiples of 16 bytes; stride in elements.
+// `encode` is the driver's cuTensorMapEncodeTiled. Rows begin at multiples of 16 bytes; stride in elements. Boxes of
+// fewer columns than a panel lie row after row, without a swizzle.
 inline bool tensor_map_create(CUtensorMap *map, void *encode, const void *data, int64_t rows, int64_t cols,
-                              int64_t stride, int box_rows) {
+                              int64_t stride, int box_rows, int box_cols = kPanelCols) {
     const cuuint64_t sizes[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)stride * 2};
-    const cuuint32_t box[2] = {kPanelCols, (cuuint32_t)box_rows}, steps[2] = {1, 1};
+    const cuuint32_t box[2] = {(cuuint32_t)box_cols, (cuuint32_t)box_rows}, steps[2] = {1, 1};
+    const CUtensorMapSwizzle swizzle = box_cols == kPanelCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
     return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes,
-                                                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                                       CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

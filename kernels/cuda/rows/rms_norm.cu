@@ -2,6 +2,7 @@
 // and the scaling, so x is read once; rows too long or too ragged for that are read again.
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/primitives/activation.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 
 namespace {
 
@@ -28,6 +29,8 @@ __global__ void __launch_bounds__(kThreads)
         if (i < n)
             w[item] = ts::load4(weight + i);
     }
+    ts::wait_for_front();
+    ts::let_next_begin();
 #pragma unroll
     for (int item = 0; item < kMaxItems; item++) {
         const int i = 4 * ((int)threadIdx.x + item * kThreads);
@@ -70,7 +73,17 @@ __global__ void norm_any(float *x, int64_t x_stride, const R *residual, int64_t 
         ts::store(h + blockIdx.x * h_stride + i, row[i] * scale * weight[i]);
 }
 
-template <typename R, typename H> void launch(const ts_rms_norm_args *args, cudaStream_t stream) {
+template <typename R, typename H, int kThreads>
+cudaError_t launch_vectors(unsigned rows, const ts_cuda_device *device, float *x, int64_t x_stride, const R *residual,
+                           int64_t residual_stride, const float *weight, int n, double eps, H *h, int64_t h_stride) {
+    ts::launch_config l(dim3(rows), kThreads, 0, device->stream);
+    if (device->dense_plan.capability == 90)
+        l.begin_early();
+    return cudaLaunchKernelEx(&l.config, norm_vectors<R, H, kThreads>, x, x_stride, residual, residual_stride, weight,
+                              n, eps, h, h_stride);
+}
+
+template <typename R, typename H> cudaError_t launch(const ts_rms_norm_args *args, const ts_cuda_device *device) {
     const ts_tensor *r = args->residual;
     const int n = (int)args->x.cols;
     const unsigned rows = (unsigned)args->x.rows;
@@ -82,18 +95,18 @@ template <typename R, typename H> void launch(const ts_rms_norm_args *args, cuda
     const bool vectors = n % 4 == 0 && xs % 4 == 0 && rs % 4 == 0 && hs % 4 == 0 && (uintptr_t)x % 16 == 0 &&
                          (uintptr_t)residual % 16 == 0 && (uintptr_t)h % 16 == 0;
     if (vectors && n <= 4 * 64)
-        norm_vectors<R, H, 64><<<rows, 64, 0, stream>>>(x, xs, residual, rs, weight, n, args->eps, h, hs);
-    else if (vectors && n <= 4 * 256 * kMaxItems)
-        norm_vectors<R, H, 256><<<rows, 256, 0, stream>>>(x, xs, residual, rs, weight, n, args->eps, h, hs);
-    else
-        norm_any<<<rows, 256, 0, stream>>>(x, xs, residual, rs, weight, n, args->eps, h, hs);
+        return launch_vectors<R, H, 64>(rows, device, x, xs, residual, rs, weight, n, args->eps, h, hs);
+    if (vectors && n <= 4 * 256 * kMaxItems)
+        return launch_vectors<R, H, 256>(rows, device, x, xs, residual, rs, weight, n, args->eps, h, hs);
+    norm_any<<<rows, 256, 0, device->stream>>>(x, xs, residual, rs, weight, n, args->eps, h, hs);
+    return cudaGetLastError();
 }
 
 } // namespace
 
 ts_status ts_cuda_rms_norm(ts_device *device, const ts_rms_norm_args *args) {
     ts_status status = TS_OK;
-    cudaStream_t stream = ts_cuda_device_of(device)->stream;
+    const ts_cuda_device *cuda = ts_cuda_device_of(device);
     const bool wide_residual = !args->residual || args->residual->dtype == TS_F32;
     TS_CHECK(args->x.dtype == TS_F32, TS_ERR_UNSUPPORTED, "cuda: rms_norm: x is %s; the residual stream must be F32",
              ts_dtype_name(args->x.dtype));
@@ -102,15 +115,10 @@ ts_status ts_cuda_rms_norm(ts_device *device, const ts_rms_norm_args *args) {
         TS_TRY(ts_cuda_check_activation(args->residual, "rms_norm: residual"));
     if (args->x.rows == 0)
         goto done;
-    if (args->h.dtype == TS_F32 && wide_residual)
-        launch<float, float>(args, stream);
-    else if (args->h.dtype == TS_F32)
-        launch<ts::bf16, float>(args, stream);
-    else if (wide_residual)
-        launch<float, ts::bf16>(args, stream);
+    if (args->h.dtype == TS_F32)
+        TS_CUDA_TRY((wide_residual ? launch<float, float>(args, cuda) : launch<ts::bf16, float>(args, cuda)));
     else
-        launch<ts::bf16, ts::bf16>(args, stream);
-    TS_CUDA_TRY(cudaGetLastError());
+        TS_CUDA_TRY((wide_residual ? launch<float, ts::bf16>(args, cuda) : launch<ts::bf16, ts::bf16>(args, cuda)));
 done:
     return status;
 }

@@ -1,9 +1,9 @@
-// Dense-form prefill attention. Head size 64 on Hopper goes in clusters and reads k and v once
-// (attention_dense_cluster.cuh); everything else reads them twice, once for the states and once for the outputs
-// (attention_dense_runs.cuh). docs/kernels.md says what each costs and what bounds it.
+// Dense-form prefill attention. On Hopper it goes in clusters and reads k and v once (attention_dense_cluster.cuh at
+// head size 64, attention_dense_wide.cuh at 128); elsewhere it reads them twice, once for the states and once for the
+// outputs (attention_dense_runs.cuh). docs/kernels.md says what each costs and what bounds it.
 //
-// Tokens are taken in chunks of 64. With c counted from the chunk's start, S^ and z^ the state there, and n, m in the
-// chunk,
+// Tokens are taken in chunks of 64 or 128. With c counted from the chunk's start, S^ and z^ the state there, and n, m
+// in the chunk,
 //     y_n = (e^{c_n} q^_n S^ + sum_{m <= n} e^{c_n - c_m} (q^_n . k^_m) v_m) / (the same with z^ and 1 + eps),
 //     S^' = e^{c_last} S^ + sum_m e^{c_last - c_m} k^_m v_m.
 // Every exponent is a difference that is <= 0, so nothing overflows, and what underflows is less than e^-87 of the
@@ -12,6 +12,7 @@
 #include "kernels/cuda/attention/dense/attention_dense_cluster.cuh"
 #include "kernels/cuda/attention/dense/attention_dense_ends.cuh"
 #include "kernels/cuda/attention/dense/attention_dense_kernel.cuh"
+#include "kernels/cuda/attention/dense/attention_dense_wide.cuh"
 
 namespace ts {
 
@@ -59,46 +60,72 @@ static ts_status launch_status(const char *what) {
                : TS_FAIL(TS_ERR_DEVICE, "attention: %s could not be started: %s", what, cudaGetErrorString(error));
 }
 
-template <int D, bool hopper, bool outputs>
-static ts_status launch_runs(const DenseArgs &a, int n_runs, cudaStream_t stream) {
+template <int D, bool outputs> static ts_status launch_runs(const DenseArgs &a, int n_runs, cudaStream_t stream) {
     ts_status status = TS_OK;
     const size_t shared = sizeof(DenseShared<D>);
     const cudaError_t error =
-        cudaFuncSetAttribute(dense_runs<D, hopper, outputs>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        cudaFuncSetAttribute(dense_runs<D, outputs>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
              cudaGetErrorString(error));
     if (n_runs > 0)
-        dense_runs<D, hopper, outputs><<<n_runs * a.n_kv_heads, DenseShape<D>::threads, shared, stream>>>(a);
+        dense_runs<D, outputs><<<n_runs * a.n_kv_heads, DenseShape<D>::threads, shared, stream>>>(a);
     TS_TRY(launch_status(outputs ? "the outputs" : "the states"));
 done:
     return status;
 }
 
-template <int D, bool hopper>
-static ts_status launch_both(const DenseArgs &a, const RunsLayout &l, cudaStream_t stream) {
+template <int D> static ts_status launch_both(const DenseArgs &a, const RunsLayout &l, cudaStream_t stream) {
     ts_status status = TS_OK;
-    TS_TRY((launch_runs<D, hopper, false>(a, l.n_state_runs, stream)));
-    TS_TRY((launch_runs<D, hopper, true>(a, l.n_runs, stream)));
+    TS_TRY((launch_runs<D, false>(a, l.n_state_runs, stream)));
+    TS_TRY((launch_runs<D, true>(a, l.n_runs, stream)));
 done:
     return status;
 }
 
-struct ClusterLaunch {
+// A kernel in clusters of kClusterBlocks blocks.
+template <typename Kernel> struct ClusterLaunch {
+    Kernel *kernel;
+    size_t n_shared;
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config;
+
+    // Returns what the driver says of the shared memory.
+    cudaError_t set(Kernel *what, int n_threads, size_t shared, int n_clusters, cudaStream_t stream) {
+        kernel = what;
+        n_shared = shared;
+        attribute = {};
+        config = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = kClusterBlocks;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        config.gridDim = dim3(n_clusters * kClusterBlocks);
+        config.blockDim = dim3(n_threads);
+        config.dynamicSmemBytes = shared;
+        config.stream = stream;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    }
 };
 
-static void set_cluster_launch(ClusterLaunch *launch, int n_clusters, cudaStream_t stream) {
-    *launch = {};
-    launch->attribute.id = cudaLaunchAttributeClusterDimension;
-    launch->attribute.val.clusterDim.x = kClusterBlocks;
-    launch->attribute.val.clusterDim.y = launch->attribute.val.clusterDim.z = 1;
-    launch->config.gridDim = dim3(n_clusters * kClusterBlocks);
-    launch->config.blockDim = dim3(kClusterThreads);
-    launch->config.dynamicSmemBytes = sizeof(ClusterShared);
-    launch->config.stream = stream;
-    launch->config.attrs = &launch->attribute;
-    launch->config.numAttrs = 1;
+using TileLaunch = ClusterLaunch<decltype(dense_attention_cluster)>;
+using WideLaunch = ClusterLaunch<decltype(dense_attention_wide)>;
+
+static cudaError_t set_launch(TileLaunch *launch, int n_clusters, cudaStream_t stream) {
+    return launch->set(dense_attention_cluster, kClusterThreads, sizeof(ClusterShared), n_clusters, stream);
+}
+
+static cudaError_t set_launch(WideLaunch *launch, int n_clusters, cudaStream_t stream) {
+    return launch->set(dense_attention_wide, kWideThreads, sizeof(WideShared), n_clusters, stream);
+}
+
+// Clusters that run at a time.
+template <typename Launch> static cudaError_t count_clusters(int *n_clusters) {
+    Launch launch;
+    cudaError_t error = set_launch(&launch, 1, nullptr);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveClusters(n_clusters, launch.kernel, &launch.config);
+    return error;
 }
 
 struct ClusterLayout {
@@ -106,50 +133,66 @@ struct ClusterLayout {
     size_t n_bytes;
 };
 
-static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
+template <typename Pieces> static ClusterLayout cluster_layout(const ts_attention_args *args) {
     const ts_batch *batch = args->batch;
     const int heads = args->cache->n_kv_heads;
     ClusterLayout l = {};
     int64_t most = 0;
     for (int i = 0; i < batch->n_spans; i++) {
-        const int64_t n_tiles = (batch->spans[i].position % kOpenRows + batch->spans[i].n_tokens + 63) / 64;
+        const int64_t n_tiles =
+            (batch->spans[i].position % kOpenRows + batch->spans[i].n_tokens + Pieces::tile - 1) / Pieces::tile;
         most = n_tiles > most ? n_tiles : most;
     }
-    const int64_t n_pieces = (most + kPieceTiles - 1) / kPieceTiles;
+    const int64_t n_pieces = (most + Pieces::tiles - 1) / Pieces::tiles;
     l.n_items = (int)(n_pieces * batch->n_spans * heads);
     if (n_pieces > 1) { // only a span of more than one piece needs a place, and those begin at least so many rows apart
-        const int64_t by_rows = batch->n_rows / kLeastCarried + 1;
-        l.carry_rows = by_rows < batch->n_spans ? kLeastCarried : 0;
-        l.n_bytes = (size_t)((l.carry_rows > 0 ? by_rows : batch->n_spans) * heads) * kCarryBytes;
+        const int64_t by_rows = batch->n_rows / Pieces::least_carried + 1;
+        l.carry_rows = by_rows < batch->n_spans ? Pieces::least_carried : 0;
+        l.n_bytes = (size_t)((l.carry_rows > 0 ? by_rows : batch->n_spans) * heads) * Pieces::carry_bytes;
     }
     return l;
+}
+
+// Bytes that no batch of so many rows and spans needs more of.
+template <typename Pieces> static size_t most_carried(int64_t rows, int64_t spans, int heads) {
+    return (size_t)(min(rows / Pieces::least_carried + 1, spans) * heads) * Pieces::carry_bytes;
+}
+
+static ClusterLayout cluster_layout_of(const ts_attention_args *args) {
+    return args->cache->head_dim == 64 ? cluster_layout<TilePieces>(args) : cluster_layout<WidePieces>(args);
 }
 
 static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, const ts_cuda_attention_dense_plan *plan,
                                 const ClusterLayout &l, char *workspace, cudaStream_t stream) {
     ts_status status = TS_OK;
-    const size_t shared = sizeof(ClusterShared);
     const int64_t rows = args->batch->n_rows;
-    ClusterLaunch launch;
+    const int d = args->cache->head_dim;
+    cudaError_t error = cudaSuccess;
     ClusterMaps maps;
     a.n_items = l.n_items;
     a.carry = (unsigned char *)workspace;
     a.carry_rows = l.carry_rows;
-    cudaError_t error =
-        cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: %zu bytes of shared memory refused: %s", shared,
-             cudaGetErrorString(error));
     if (l.n_bytes > 0)
         error = cudaMemsetAsync(workspace, 0, l.n_bytes, stream);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its workspace could not be cleared: %s",
              cudaGetErrorString(error));
-    TS_CHECK(tensor_map_create(&maps.qkv, plan->tensor_map_encode, a.qkvg, rows, (a.n_heads + 2 * a.n_kv_heads) * 64,
-                               a.stride, 64) &&
-                 tensor_map_create(&maps.y, plan->tensor_map_encode, a.y, rows, a.n_heads * 64, a.y_stride, 16),
-             TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements",
-             (long long)rows, (long long)a.stride, (long long)a.y_stride);
-    set_cluster_launch(&launch, min(plan->n_clusters, a.n_items), stream);
-    error = cudaLaunchKernelEx(&launch.config, dense_attention_cluster, a, maps);
+    TS_CHECK(
+        tensor_map_create(&maps.qkv, plan->tensor_map_encode, a.qkvg, rows, (a.n_heads + 2 * a.n_kv_heads) * d,
+                          a.stride, d == 64 ? 64 : kWideTile) &&
+            (d != 64 || tensor_map_create(&maps.y, plan->tensor_map_encode, a.y, rows, a.n_heads * 64, a.y_stride, 16)),
+        TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements", (long long)rows,
+        (long long)a.stride, (long long)a.y_stride);
+    if (d == 64) {
+        TileLaunch launch;
+        error = set_launch(&launch, min(plan->n_clusters, a.n_items), stream);
+        if (error == cudaSuccess)
+            error = cudaLaunchKernelEx(&launch.config, launch.kernel, a, maps);
+    } else {
+        WideLaunch launch;
+        error = set_launch(&launch, min(plan->n_wide_clusters, a.n_items), stream);
+        if (error == cudaSuccess)
+            error = cudaLaunchKernelEx(&launch.config, launch.kernel, a, maps.qkv);
+    }
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s",
              cudaGetErrorString(error));
 done:
@@ -157,16 +200,15 @@ done:
 }
 
 // Not a property of the batch, so that a row's value is not one either.
-static bool use_cluster(const ts_tile_cache_layer *cache, const ts_cuda_attention_dense_plan *plan) {
-    return plan->capability == 90 && cache->head_dim == 64;
+static bool use_cluster(const ts_cuda_attention_dense_plan *plan) {
+    return plan->capability == 90;
 }
 
 } // namespace ts
 
 extern "C" size_t ts_cuda_attention_dense_workspace(const ts_attention_args *args,
                                                     const ts_cuda_attention_dense_plan *plan) {
-    return ts::use_cluster(args->cache, plan) ? ts::cluster_layout_of(args).n_bytes
-                                              : ts::runs_layout_of(args, plan).n_bytes;
+    return ts::use_cluster(plan) ? ts::cluster_layout_of(args).n_bytes : ts::runs_layout_of(args, plan).n_bytes;
 }
 
 extern "C" size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *limits,
@@ -174,8 +216,9 @@ extern "C" size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *li
     using namespace ts;
     const ts_tile_cache_layer *cache = limits->cache;
     const int64_t rows = limits->max_rows, spans = limits->max_spans;
-    if (use_cluster(cache, plan))
-        return (size_t)(min(rows / kLeastCarried + 1, spans) * cache->n_kv_heads) * kCarryBytes;
+    if (use_cluster(plan))
+        return cache->head_dim == 64 ? most_carried<TilePieces>(rows, spans, cache->n_kv_heads)
+                                     : most_carried<WidePieces>(rows, spans, cache->n_kv_heads);
     // Only spans of more than one run have slots, so many for every kLeastRun chunks begun.
     const int64_t run_rows = (int64_t)kLeastRun * kChunk, cut = min(rows / (run_rows - kChunk) + 1, spans);
     return slot_bytes(cache, (size_t)min(rows / run_rows + 2 * cut, cut * wanted_runs(cache, plan)));
@@ -184,10 +227,9 @@ extern "C" size_t ts_cuda_attention_dense_most_workspace(const ts_run_limits *li
 extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense_plan *plan) {
     using namespace ts;
     ts_status status = TS_OK;
-    int device = 0, major = 0, minor = 0, n_multiprocessors = 0, n_clusters = 0;
+    int device = 0, major = 0, minor = 0, n_multiprocessors = 0, n_clusters = 0, n_wide_clusters = 0;
     void *encode = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
-    ClusterLaunch launch;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -196,11 +238,9 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess && major == 9) {
-        set_cluster_launch(&launch, 1, nullptr);
-        error = cudaFuncSetAttribute(dense_attention_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     (int)sizeof(ClusterShared));
+        error = count_clusters<TileLaunch>(&n_clusters);
         if (error == cudaSuccess)
-            error = cudaOccupancyMaxActiveClusters(&n_clusters, dense_attention_cluster, &launch.config);
+            error = count_clusters<WideLaunch>(&n_wide_clusters);
         if (error == cudaSuccess)
             error =
                 cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
@@ -208,8 +248,9 @@ extern "C" ts_status ts_cuda_attention_dense_plan_create(ts_cuda_attention_dense
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the device does not tell its size: %s",
              cudaGetErrorString(error));
     plan->n_multiprocessors = n_multiprocessors;
-    plan->capability = major == 9 && n_clusters > 0 && encode != nullptr ? 90 : 80;
+    plan->capability = major == 9 && n_clusters > 0 && n_wide_clusters > 0 && encode != nullptr ? 90 : 80;
     plan->n_clusters = n_clusters;
+    plan->n_wide_clusters = n_wide_clusters;
     plan->tensor_map_encode = encode;
 done:
     return status;
@@ -224,8 +265,7 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     const cudaStream_t on = (cudaStream_t)stream;
     const int d = cache->head_dim;
     const dim3 heads(batch->n_spans, cache->n_kv_heads);
-    const bool hopper = plan->capability == 90;
-    const bool in_clusters = use_cluster(args->cache, plan);
+    const bool in_clusters = use_cluster(plan);
     const ClusterLayout in = in_clusters ? cluster_layout_of(args) : ClusterLayout{};
     const RunsLayout l = in_clusters ? RunsLayout{} : runs_layout_of(args, plan);
     const size_t n_bytes = in_clusters ? in.n_bytes : l.n_bytes;
@@ -267,13 +307,15 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
     if (in_clusters) {
         TS_TRY(launch_cluster(a, args, plan, in, base, on));
     } else {
-        auto *launch = d == 64 ? launch_both<64, false> : hopper ? launch_both<128, true> : launch_both<128, false>;
+        auto *launch = d == 64 ? launch_both<64> : launch_both<128>;
         TS_TRY(launch(a, l, on));
     }
     if (d == 64)
-        end_spans<64><<<heads, 128, 0, on>>>(a, cache->tile_size, args->decay_temperature);
+        end_spans<64, kChunk><<<heads, 128, 0, on>>>(a, cache->tile_size, args->decay_temperature);
+    else if (in_clusters)
+        end_spans<128, kWideTile><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
     else
-        end_spans<128><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
+        end_spans<128, kChunk><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
     TS_TRY(launch_status("the store of what spans leave"));
 done:
     return status;

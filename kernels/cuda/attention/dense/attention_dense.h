@@ -23,7 +23,8 @@ extern "C" {
 typedef struct ts_cuda_attention_dense_plan {
     int n_multiprocessors;   // of the device
     int capability;          // 90 or 80; 80 on a Hopper device forces the path that an A100 takes
-    int n_clusters;          // clusters that run at a time, where the capability is 90
+    int n_clusters;          // clusters that run at a time, where the capability is 90, at head size 64
+    int n_wide_clusters;     // the same at head size 128
     void *tensor_map_encode; // the driver's function, where the capability is 90
 } ts_cuda_attention_dense_plan;
 

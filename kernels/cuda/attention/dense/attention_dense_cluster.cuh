@@ -1,7 +1,7 @@
 // The bf16 kernel of the dense form on Hopper, head size 64: one pass, k and v read once.
 //
-// A (span, KV head) is cut into pieces of kPieceTiles tiles. Piece p of every pair comes before piece p + 1 of any;
-// clusters of 8 blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of
+// A (span, KV head) is cut into pieces of TilePieces::tiles tiles. Piece p of every pair comes before piece p + 1 of
+// any; clusters of 8 blocks take pieces in turn, so a piece finds the state of the one before it ready, and a number of
 // clusters that does not divide the number of pairs loses little. Within a piece a cluster goes in waves of 24 tiles,
 // one tile per worker warpgroup. Per wave a worker
 //     1. maps its keys, forms its tile's own state S_t, eq. (7), and sends feature rows 8 c ... 8 c + 7 of it to
@@ -230,7 +230,7 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
                                             int n_clusters) {
     const int lane = threadIdx.x & 31;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0][block]);
-    ClusterWork work = next_work(a, cluster, n_clusters);
+    ClusterWork work = next_work<TilePieces>(a, cluster, n_clusters);
     int tile = work.first_tile, n_told = 0, n_gated = 0;
     auto tell_wave = [&] {
         Wave wave = {0, 0, 0, 0, 0};
@@ -242,7 +242,7 @@ __device__ __forceinline__ void run_planner(const DenseArgs &a, ClusterShared &s
             wave.end = (int)min(work.end - (int64_t)tile * 64, (int64_t)kWaveTiles * 64);
             tile += kWaveTiles;
             if (tile >= work.end_tile) {
-                work = next_work(a, work.item + n_clusters, n_clusters);
+                work = next_work<TilePieces>(a, work.item + n_clusters, n_clusters);
                 tile = work.first_tile;
             }
         }
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         };
         for (int stage = 0; stage < 2; stage++) {
             for (int from = 0; from < kClusterBlocks; from++)
-                begin(shared.inbox_full[stage][from], 1);
+                begin(shared.inbox_full[stage][from], 2); // each warp of the recurrence
             for (int i = 0; i < kWorkers; i++) {
                 begin(shared.state_full[i][stage], 1);
                 begin(shared.keys_full[i][stage], 1);

@@ -15,16 +15,16 @@ __device__ __forceinline__ double log_sigmoid_exact(float x) {
 // Tokens are counted from the last whole chunk, or from the first open token where the span completes none; those
 // before the span are in the open buffers. Eqs. (2) to (5), and the pairs of the tiles that the span completes. One
 // block a (span, KV head).
-template <int D>
+template <int D, int chunk>
 __global__ void __launch_bounds__(2 * D) end_spans(const DenseArgs a, int tile_size, double decay_temperature) {
     using shares = row_shares<bf16, D, 2 * D>;
     __shared__ alignas(16) float keys[kOpenRows][D];
     __shared__ alignas(16) bf16 values[kOpenRows][D];
-    __shared__ double c_of[kChunk];
+    __shared__ double c_of[chunk];
     const ts_span span = a.spans[blockIdx.x];
     const int j = blockIdx.y, tid = threadIdx.x, before = (int)(span.position % kOpenRows);
     const int64_t head = (int64_t)span.sequence * a.n_kv_heads + j;
-    const int64_t begin = (before + span.n_tokens) / kChunk * kChunk;
+    const int64_t begin = (before + span.n_tokens) / chunk * chunk;
     const int n = (int)(before + span.n_tokens - begin), n_open = begin == 0 ? before : 0;
     const bf16 *rows = a.qkvg + (span.row + begin - before) * a.stride; // of token 0, valid from n_open on
     const int64_t k_column = (int64_t)(a.n_heads + j) * D, v_column = k_column + (int64_t)a.n_kv_heads * D,

@@ -202,34 +202,19 @@ template <int D, bool outputs> struct Loader {
     }
 };
 
-// r, already scaled, += what the weighted keys f and the chunk's v give. On Hopper the products are left in flight.
-template <int D, bool hopper>
-__device__ __forceinline__ void add_keys(RunningState<D> &r, const uint32_t (&f)[4][4], uint32_t v) {
+// r, already scaled, += what the weighted keys f and the chunk's v give.
+template <int D> __device__ __forceinline__ void add_keys(RunningState<D> &r, const uint32_t (&f)[4][4], uint32_t v) {
     using Shape = DenseShape<D>;
-    if (hopper)
-        group_begin();
 #pragma unroll
     for (int b = 0; b < Shape::panels; b++)
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            if (hopper)
-                group_product<1>(r.s[b], f[t], panel_descriptor(v + b * Shape::panel_bytes + t * 2048), 1);
-            else
-                warp_product_columns(r.s[b], f[t], v + b * Shape::panel_bytes, t);
-        }
-    if (hopper)
-        group_commit();
-}
-
-template <int D> __device__ __forceinline__ void state_hold(RunningState<D> &r) {
-#pragma unroll
-    for (int b = 0; b < DenseShape<D>::panels; b++)
-        group_hold(r.s[b]);
+        for (int t = 0; t < 4; t++)
+            warp_product_columns(r.s[b], f[t], v + b * Shape::panel_bytes, t);
 }
 
 // One segment: r becomes 2^(log decay) r + the segment's own (S, z). Returns log_sum + the sum of the log decays, in
 // powers of 2.
-template <int D, bool hopper>
+template <int D>
 __device__ __forceinline__ double run_states(const DenseArgs &a, const Segment &s, DenseShared<D> &shared,
                                              RunningState<D> &r, double log_sum) {
     const int group = threadIdx.x / 128;
@@ -247,11 +232,7 @@ __device__ __forceinline__ double run_states(const DenseArgs &a, const Segment &
         uint32_t f[4][4];
         load_keys_transposed<D, true>(f, r.z, shared, loader.k + stage + group * DenseShape<D>::panel_bytes,
                                       chunk * kChunk);
-        add_keys<D, hopper>(r, f, loader.v + stage);
-        if (hopper) {
-            group_wait<0>();
-            state_hold<D>(r);
-        }
+        add_keys<D>(r, f, loader.v + stage);
         __syncthreads();
         loader.next(a, s);
     }
@@ -260,7 +241,7 @@ __device__ __forceinline__ double run_states(const DenseArgs &a, const Segment &
 
 // One segment: from the state r to y, and the cache's new state where a span's last complete tile ends. While a step's
 // last products run, the next step's rows are mapped, by the threads that copied them.
-template <int D, bool hopper>
+template <int D>
 __device__ __forceinline__ double run_outputs(const DenseArgs &a, const Segment &s, int64_t at, DenseShared<D> &shared,
                                               RunningState<D> &r, double log_sum) {
     using Shape = DenseShape<D>;
@@ -286,7 +267,6 @@ __device__ __forceinline__ double run_outputs(const DenseArgs &a, const Segment 
             const int gates = chunk * kChunk;
             const uint32_t q = loader.q + loader.stage_of(chunk * heads + i), k = loader.k + loader.stage_of(chunk),
                            v = loader.v + loader.stage_of(chunk);
-            publish_to_wgmma();
             __syncthreads();
             loader.next(a, s);
             uint32_t fq[4 * blocks][4];
@@ -303,37 +283,20 @@ __device__ __forceinline__ double run_outputs(const DenseArgs &a, const Segment 
             }
             Accumulator y, weights;
             float mass[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (hopper) {
-                group_begin();
 #pragma unroll
-                for (int t = 0; t < 4 * blocks; t++)
-                    group_product<0>(weights, fq[t], panel_descriptor(k + t / 4 * Shape::panel_bytes + t % 4 * 32),
-                                     t > 0);
+            for (int j = 0; j < 8; j++)
 #pragma unroll
-                for (int t = 0; t < 4 * blocks; t++)
-                    group_product<1>(y, fq[t], panel_descriptor(state + t * 2048), t > 0);
-                group_commit();
-            } else {
+                for (int e = 0; e < 4; e++)
+                    y[j][e] = weights[j][e] = 0.0f;
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        y[j][e] = weights[j][e] = 0.0f;
-#pragma unroll
-                for (int t = 0; t < 4 * blocks; t++) {
-                    warp_product_rows(weights, fq[t], k + t / 4 * Shape::panel_bytes, t % 4, 2 * warp + 2);
-                    warp_product_columns(y, fq[t], state, t);
-                }
+            for (int t = 0; t < 4 * blocks; t++) {
+                warp_product_rows(weights, fq[t], k + t / 4 * Shape::panel_bytes, t % 4, 2 * warp + 2);
+                warp_product_columns(y, fq[t], state, t);
             }
 #pragma unroll
             for (int t = 0; t < 4 * blocks; t++) {
                 const uint32_t *z = reinterpret_cast<const uint32_t *>(shared.mass) + 8 * t + lane % 4;
                 mma(mass, fq[t], z[0], z[4]);
-            }
-            if (hopper) {
-                group_wait<0>();
-                group_hold(weights);
-                group_hold(y);
             }
             if (blocks > 1)
                 tell_other_group(group); // done with q^ and S^
@@ -353,39 +316,23 @@ __device__ __forceinline__ double run_outputs(const DenseArgs &a, const Segment 
             mass[3] *= from1;
             uint32_t fw[4][4];
             decay_weights(fw, weights, shared.log_decay + gates, c0, c1);
-            if (hopper) {
-                group_begin();
 #pragma unroll
-                for (int t = 0; t < 4; t++)
-                    group_product<1>(y, fw[t], panel_descriptor(v + group * Shape::panel_bytes + t * 2048), 1);
-                group_commit();
-            } else {
-#pragma unroll
-                for (int t = 0; t < 4; t++)
-                    if (t <= warp)
-                        warp_product_columns(y, fw[t], v + group * Shape::panel_bytes, t);
-            }
+            for (int t = 0; t < 4; t++)
+                if (t <= warp)
+                    warp_product_columns(y, fw[t], v + group * Shape::panel_bytes, t);
 #pragma unroll
             for (int t = 0; t < 4; t++)
                 mma(mass, fw[t], kOnes, kOnes);
             const bool is_last_head = i == heads - 1;
-            if (hopper) {
-                group_wait<0>();
-                group_hold(y);
-            }
             if (is_last_head) {
                 const float log_decay = shared.log_decay[gates + kChunk - 1];
                 state_scale<D>(r, exp2_fast(log_decay));
                 log_sum += log_decay;
                 uint32_t fk[4][4];
                 load_keys_transposed<D, false>(fk, r.z, shared, k + group * Shape::panel_bytes, gates);
-                add_keys<D, hopper>(r, fk, v);
+                add_keys<D>(r, fk, v);
                 if (chunk + 1 < s.n_chunks)
                     map_step(chunk + 1, 0);
-                if (hopper) {
-                    group_wait<0>();
-                    state_hold<D>(r);
-                }
             } else {
                 map_step(chunk, i + 1);
             }
@@ -420,7 +367,7 @@ __device__ __forceinline__ double run_outputs(const DenseArgs &a, const Segment 
 }
 
 // One run: what it adds to the state, or its outputs. blockIdx.x: see find_run.
-template <int D, bool hopper, bool outputs>
+template <int D, bool outputs>
 __global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_per_multiprocessor)
     dense_runs(const __grid_constant__ DenseArgs a) {
 #if TS_HAS_WGMMA || __CUDA_ARCH__ == 800
@@ -454,8 +401,7 @@ __global__ void __launch_bounds__(DenseShape<D>::threads, DenseShape<D>::blocks_
     }
     for (int first = 0; first < n_chunks; first += DenseShape<D>::segment / kChunk) {
         const Segment s = segment_of<D>(a, run, first, n_chunks);
-        log_sum = outputs ? run_outputs<D, hopper>(a, s, at, shared, r, log_sum)
-                          : run_states<D, hopper>(a, s, shared, r, log_sum);
+        log_sum = outputs ? run_outputs<D>(a, s, at, shared, r, log_sum) : run_states<D>(a, s, shared, r, log_sum);
     }
     if (!outputs)
         keep(slot + (run.index + 1) * slot_stride);

@@ -3,21 +3,17 @@
 #ifndef TS_CUDA_ATTENTION_DENSE_RECURRENCE_CUH
 #define TS_CUDA_ATTENTION_DENSE_RECURRENCE_CUH
 
-#include "kernels/cuda/attention/dense/attention_dense_gates.cuh"
-#include "kernels/cuda/primitives/cluster.cuh"
+#include "kernels/cuda/attention/dense/attention_dense_pieces.cuh"
 
 namespace ts {
 
-constexpr int kClusterBlocks = 8;
 constexpr int kWorkers = 3; // warpgroups of a block that have tiles
 constexpr int kWaveTiles = kClusterBlocks * kWorkers;
 constexpr int kClusterThreads = 128 * (kWorkers + 1);
 constexpr int kTileBytes = 64 * kPanelRowBytes;
 constexpr int kSliceBytes = 8 * kPanelRowBytes + 8 * (int)sizeof(float); // of S_t and z_t, to one block
-constexpr int kPieceTiles = 2 * kWaveTiles;
-constexpr int kCarryBytes =
-    64 * 64 * 8 + kClusterBlocks * 128;              // of a pair, from piece to piece: S; z and log of the decay
-constexpr int kLeastCarried = kPieceTiles * 64 - 63; // tokens of a span that is more than one piece
+// Of a pair, from piece to piece: S; z and log of the decay.
+using TilePieces = PieceShape<64, 2 * kWaveTiles, 64 * 64 * 8 + kClusterBlocks * 128>;
 
 // What a tile's worker sends to one block beside 8 rows of S_t.
 struct TileSlice {
@@ -58,7 +54,6 @@ struct TileTask {
     int kind;
     int unused;
 };
-enum { kNoWave, kNoTile, kPartTile, kWholeTile };
 
 constexpr int kGateStages = 3; // gates are written two waves ahead
 constexpr int kWaveStages = 8; // waves are told three ahead
@@ -88,85 +83,6 @@ __device__ __forceinline__ int inbox_unit(int row, int half, int lane) {
     return ((4 * half + lane % 4) ^ row) * 16;
 }
 
-// A piece of a (span, KV head). Tile 0 is the tile that the span begins in.
-struct ClusterWork {
-    unsigned char *carry; // where one piece leaves its state to the next
-    int64_t row;          // of tile 0's first token in the batch; negative where the span begins inside the tile
-    int64_t cache;        // index of (sequence, KV head)
-    int64_t end;          // token after the span's last, from tile 0's first
-    int item;             // -1 when there is none
-    int pair, piece, head;
-    int first_tile, end_tile; // of the piece
-    int begin;                // tokens of tile 0 before the span
-};
-
-// The first piece at or after `item`, in this cluster's turn.
-__device__ __forceinline__ ClusterWork next_work(const DenseArgs &a, int item, int n_clusters) {
-    ClusterWork w;
-    const int pairs = a.n_spans * a.n_kv_heads;
-    for (;; item += n_clusters) {
-        if (item >= a.n_items) {
-            w.item = -1;
-            return w;
-        }
-        w.piece = item / pairs;
-        w.pair = item - w.piece * pairs;
-        const int index = w.pair / a.n_kv_heads;
-        const ts_span span = a.spans[index];
-        w.begin = (int)(span.position % kOpenRows);
-        w.end = w.begin + span.n_tokens;
-        const int n_tiles = (int)((w.end + 63) / 64);
-        w.first_tile = w.piece * kPieceTiles;
-        if (w.first_tile >= n_tiles)
-            continue;
-        w.end_tile = min(n_tiles, w.first_tile + kPieceTiles);
-        w.item = item;
-        w.row = span.row - w.begin;
-        w.head = w.pair - index * a.n_kv_heads;
-        w.cache = (int64_t)span.sequence * a.n_kv_heads + w.head;
-        const int64_t slot = a.carry_rows > 0 ? span.row / a.carry_rows : index;
-        w.carry = a.carry + (slot * a.n_kv_heads + w.head) * kCarryBytes;
-        return w;
-    }
-}
-
-// What a lane leaves for the same lane of another cluster, which takes the next piece: each number beside the piece
-// that it begins, in 8 bytes that are written as one. So nothing has to be waited for but the numbers themselves.
-__device__ __forceinline__ void leave(unsigned char *to, uint32_t x, uint32_t y, int piece) {
-    asm volatile("{\n.reg .b64 a, b;\nmov.b64 a, {%1, %3};\nmov.b64 b, {%2, %3};\n"
-                 "st.relaxed.gpu.global.v2.b64 [%0], {a, b};\n}" ::"l"(to),
-                 "r"(x), "r"(y), "r"(piece)
-                 : "memory");
-}
-
-__device__ __forceinline__ void take_over(const unsigned char *from, uint32_t &x, uint32_t &y, int piece) {
-    int of_x, of_y;
-    do
-        asm volatile("{\n.reg .b64 a, b;\nld.relaxed.gpu.global.v2.b64 {a, b}, [%4];\n"
-                     "mov.b64 {%0, %1}, a;\nmov.b64 {%2, %3}, b;\n}"
-                     : "=r"(x), "=r"(of_x), "=r"(y), "=r"(of_y)
-                     : "l"(from)
-                     : "memory");
-    while (of_x != piece || of_y != piece);
-}
-
-// Tokens of the open tile before the span: log of the decay up to the span's first token.
-__device__ __forceinline__ double open_decay(const DenseArgs &a, const ClusterWork &w) {
-    return a.open_c[w.cache * kOpenRows + w.begin - 1];
-}
-
-__device__ __forceinline__ float open_key(const DenseArgs &a, const ClusterWork &w, double log_sum, int token,
-                                          int row) {
-    const int64_t at = w.cache * kOpenRows + token;
-    return (float)exp(log_sum - a.open_c[at]) * open_feature(a.open_k[at * 64 + row], a.open_gate[at]);
-}
-
-// The tile before which the state is the one that the span leaves in the cache; -1 where it leaves none.
-__device__ __forceinline__ int closing_tile(const ClusterWork &w) {
-    const int open_tile = (int)(w.end / 64);
-    return open_tile > 0 ? open_tile : -1;
-}
-
 // One of two warps: rows 8 block + 4 warp ... of the running state; a lane has 8 columns of one row.
 __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared &shared, int warp, int block,
                                                int cluster, int n_clusters) {
@@ -178,7 +94,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
     for (int i = 0; i < 4; i++)
         in_offset[i] = local * kPanelRowBytes + inbox_unit(local, column / 32, i) + column / 8 % 4 * 4;
     int stage = 0, parity = 0;
-    ClusterWork w = next_work(a, cluster, n_clusters), next = w;
+    ClusterWork w = next_work<TilePieces>(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
         const int64_t state = (w.cache * 64 + row) * 64 + column;
         unsigned char *carry =
@@ -193,7 +109,7 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
                 for (int e = 0; e < 8; e++)
                     s[e] *= carried;
                 for (int m = 0; m < w.begin; m++) {
-                    const float k = open_key(a, w, log_sum, m, row);
+                    const float k = open_key<64>(a, w, log_sum, m, row);
 #pragma unroll
                     for (int e = 0; e < 8; e++)
                         s[e] += k * __bfloat162float(a.open_v[(w.cache * kOpenRows + m) * 64 + column + e]);
@@ -208,15 +124,19 @@ __device__ __forceinline__ void run_recurrence(const DenseArgs &a, ClusterShared
             for (int e = 0; e < 8; e++)
                 s[e] = __uint_as_float(x[e]);
         }
-        const int closing = closing_tile(w);
+        const int closing = closing_tile<TilePieces>(w);
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
             const uint32_t arrived = inbox_full + stage * (uint32_t)sizeof(shared.inbox_full[0]);
-            if (warp == 0 && lane < kClusterBlocks)
+            // Both warps arrive: a block without a tile waits for neither, and could end two phases while one is
+            // behind.
+            if (lane < kClusterBlocks && warp == 0)
                 expect_bytes(arrived + 8 * lane,
                              min(max(n - lane * kWorkers, 0), kWorkers) * kSliceBytes + kWorkers * 16);
+            else if (lane < kClusterBlocks)
+                arrive(arrived + 8 * lane);
             if (wave + kWaveTiles >= w.end_tile) // while there is time
-                next = next_work(a, w.item + n_clusters, n_clusters);
+                next = next_work<TilePieces>(a, w.item + n_clusters, n_clusters);
             const uint32_t inbox = shared_address(shared.inbox[stage]),
                            slices = shared_address(&shared.inbox_slices[stage][0].decay),
                            out_state = shared_address(shared.worker[0].state[stage]) + out_offset,
@@ -294,7 +214,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
     const int lane = threadIdx.x & 31, pair = lane % 4, row = 8 * block + 2 * pair;
     const uint32_t inbox_full = shared_address(&shared.inbox_full[0][0]);
     int stage = 0, parity = 0;
-    ClusterWork w = next_work(a, cluster, n_clusters), next = w;
+    ClusterWork w = next_work<TilePieces>(a, cluster, n_clusters), next = w;
     for (; w.item >= 0; w = next) {
         float *mass = a.mass + w.cache * 64 + row;
         unsigned char *carry = w.carry + 64 * 64 * 8 + block * 128, *carry_log = carry + 64;
@@ -307,8 +227,8 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
                 const float carried = (float)exp(log_sum);
                 z[0] *= carried, z[1] *= carried;
                 for (int m = 0; m < w.begin; m++) {
-                    z[0] += open_key(a, w, log_sum, m, row);
-                    z[1] += open_key(a, w, log_sum, m, row + 1);
+                    z[0] += open_key<64>(a, w, log_sum, m, row);
+                    z[1] += open_key<64>(a, w, log_sum, m, row + 1);
                 }
                 log_sum *= 1.4426950408889634;
             }
@@ -319,7 +239,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
             take_over(carry_log, x, y, w.piece);
             log_sum = __hiloint2double((int)y, (int)x);
         }
-        const int closing = closing_tile(w);
+        const int closing = closing_tile<TilePieces>(w);
         auto close = [&] {
             if (lane < 4)
                 mass[0] = z[0], mass[1] = z[1];
@@ -329,7 +249,7 @@ __device__ __forceinline__ void run_masses(const DenseArgs &a, ClusterShared &sh
         for (int wave = w.first_tile; wave < w.end_tile; wave += kWaveTiles, parity ^= stage, stage ^= 1) {
             const int n = min(kWaveTiles, w.end_tile - wave);
             if (wave + kWaveTiles >= w.end_tile)
-                next = next_work(a, w.item + n_clusters, n_clusters);
+                next = next_work<TilePieces>(a, w.item + n_clusters, n_clusters);
             const uint32_t arrived = inbox_full + stage * (uint32_t)sizeof(shared.inbox_full[0]);
             const uint32_t slices = shared_address(shared.inbox_slices[stage]),
                            out_mass = shared_address(&shared.mass[0][stage][row]),

@@ -74,6 +74,13 @@ struct head_columns {
     }
 };
 
+// A thread's number, read anew: for what is cheaper to find again than to keep.
+__device__ __forceinline__ int thread_again() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 __device__ __forceinline__ void prefetch(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
@@ -220,7 +227,7 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
             if (pass == 0 || n > kListed) {
                 if (pass > 0 || first > 0)
                     __syncthreads(); // the part before has been read
-                for (int i = tid; i < n_steps * kTiles * (kGroup / 8); i += kThreads) {
+                for (int i = thread_again(); i < n_steps * kTiles * (kGroup / 8); i += kThreads) {
                     const int k = i / (kGroup / 8), g = i % (kGroup / 8) * 8;
                     const float *from = a.list_weights + (list + first + min(k, n_here - 1)) * kGroup;
                     ts::copy_async(ts::shared_address(&s.weights[k][g]), (const bf16 *)from + g, k < n_here);
@@ -231,13 +238,15 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                     s.places[tid] = at;
                     s.sources[tid] = (const char *)(at >= 0 ? a.cache.slot_state : a.tile_states) +
                                      (at >= 0 ? at : ~at) * (D * D * (int)sizeof(S));
+                    if (pass == 0)
+                        prefetch((at >= 0 ? a.cache.slot_mass + at * D : a.tile_masses + ~at * D) + feature);
                 }
                 ts::copy_wait<0>();
                 __syncthreads();
             }
             stages.begin(n_steps);
             float z[4];
-            const auto ask_masses = [&](int step) {
+            const auto ask_masses = [&](int step, int lane) {
                 int64_t at[4];
 #    pragma unroll
                 for (int i = 0; i < 4; i++)
@@ -248,7 +257,7 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                                        : a.tile_masses + ~at[i] * D)[mass_feature + lane / 4];
             };
             if (sums_mass)
-                ask_masses(0);
+                ask_masses(0, thread_again() % 32);
             for (int step = 0; step < n_steps; step++) {
                 uint32_t w[2][4], b[D / 16][4];
 #    pragma unroll
@@ -277,7 +286,7 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
                     for (int i = 0; i < 4; i++)
                         half[i] = mass_half ? w[1][i] : w[0][i];
                     if (step + 1 < n_steps)
-                        ask_masses(step + 1);
+                        ask_masses(step + 1, lane);
                     ts::multiply_add(mass, half, high[0], high[1]);
                     ts::multiply_add(mass, half, rest[0], rest[1]);
                 }
@@ -287,7 +296,7 @@ __device__ void sum_states(const ts_cuda_attention &a, group_shared &s, const ts
             cluster_wait(); // the others have started
         // Event lane / 4 + 8 r is tile lane / 4 of block r. Neighbouring lanes exchange words, so that each sends 8
         // bytes.
-        const int odd = lane & 1, place = place_of(stages.row);
+        const int lane = thread_again() % 32, odd = lane & 1, place = place_of(stages.row);
         const uint32_t line = ts::panel_unit(ts::shared_address(s.states[lane / 4]), place, 0) & ~127u;
 #    pragma unroll
         for (int r = 0; r < 4; r++) {

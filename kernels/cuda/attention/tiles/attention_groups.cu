@@ -4,8 +4,8 @@
 // A cluster of four blocks has one group and KV head. Each block sums a quarter of S^'s rows for all events, so that a
 // state is read once for all of them, and sends every event's slice to the block that has its tile; then each works on
 // eight tiles. The product of weights and states is events by tiles by elements on the matrix units, weights rounded to
-// BF16. Two clusters share their multiprocessors, so that one reads while the other computes. What bounds it: reading
-// q, k, v and writing y.
+// BF16. A tile's products are wgmma's, of the warpgroup that has it. Two clusters share their multiprocessors, so that
+// one reads while the other computes. What bounds it: latency.
 //
 // Features are permuted within every 16: what a thread reads of q at once is then what it needs as an operand. Rows of
 // S^ and z^ and columns of k^ lie in that order; panels are those of matrix.cuh.
@@ -27,24 +27,6 @@ __device__ __forceinline__ void team_sync(int team) {
 
 __device__ __forceinline__ void store_shared8(uint32_t to, uint32_t x, uint32_t y) {
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(x), "r"(y) : "memory");
-}
-
-// c += a b for 16 rows of b, all 64 columns; `columns` as from column_operand.
-__device__ __forceinline__ void product_columns(ts::Accumulator &c, const uint32_t (&a)[4], uint32_t columns) {
-#    pragma unroll
-    for (int n = 0; n < D / 8; n += 2) {
-        uint32_t b[4];
-        ts::load_matrices_transposed(b, columns ^ n << 4);
-        ts::mma(c[n], a, b[0], b[1]);
-        ts::mma(c[n + 1], a, b[2], b[3]);
-    }
-}
-
-// A thread's number, read anew: for what is cheaper to find again than to keep.
-__device__ __forceinline__ int thread_again() {
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
 }
 
 template <int n> __device__ __forceinline__ void copy_small(void *to, const void *from) {
@@ -70,14 +52,14 @@ __device__ __noinline__ void leave_state(const ts_cuda_attention &a, const group
 // Eq. (9) for this block's tiles, in two teams.
 __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const ts_cuda_list &head, int j,
                              const group_rows &rows) {
+    static_assert(kTeam == 128, "a team is a warpgroup");
     constexpr int kSteps = D / 16, kVectors = D * kUnits / kTeam;
     const int team = threadIdx.x / kTeam, tid = threadIdx.x % kTeam, lane = tid % 32, warp = tid / 32;
     const head_columns columns(a, j);
     const int group = columns.group, y_stride = (int)a.y.stride;
     bf16 *y0 = (bf16 *)a.y.data + rows.first * a.y.stride;
     asm volatile("" : "+l"(y0)); // one pointer, to which 32 bits are added
-    const uint32_t keys = ts::shared_address(s.keys[team]),
-                   rows_of_keys = ts::panel_unit(keys, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t keys = ts::shared_address(s.keys[team]);
     // Where this thread puts its first vector of a tile's keys and values; the others lie whole rows on.
     constexpr int kRowsApart = kTeam / kUnits, kBytesApart = kRowsApart * 128;
     const int r0 = tid / kUnits, unit = tid % kUnits;
@@ -121,6 +103,20 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
         }
         ts::copy_commit();
     };
+    // Outputs of a tile's last head leave when the next tile's keys have been published, which would wait for them.
+    uint2 out[2][D / 16];
+    const auto store_outputs = [&](int event, int h) {
+        const int thread = thread_again(), row = thread % kTeam / 32 * 16 + thread % 32 / 4;
+        const int column = (j * group + h) * D + thread % 4 / 2 * 4 + (thread & 1) * 8, n_rows = rows.count(event);
+#    pragma unroll
+        for (int r = 0; r < 2; r++) {
+            bf16 *y = y0 + ((event * D + row + 8 * r) * y_stride + column);
+#    pragma unroll
+            for (int n = 0; n < D / 16; n++)
+                if (row + 8 * r < n_rows)
+                    *(uint2 *)(y + 16 * n) = out[r][n];
+        }
+    };
     const int first = (int)blockIdx.x * kOwn, end = min(first + kOwn, head.n_events);
     uint32_t values = ts::shared_address(s.values[team]);
     const auto has_rows = [&](int event) { return event < end && rows.count(event) > 0; };
@@ -148,36 +144,49 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
             decays[tid] = decay;
             key_decays[tid] = decay - __log2f(s.gates[team][tid]);
         }
+        ts::publish_to_wgmma();
         team_sync(team);
+        if (event > first + team)
+            store_outputs(event - kTeams, group - 1);
         const bool goes_on = has_rows(event + kTeams);
         for (int h = 0; h < group; h++) {
-            // Hidden from the compiler, which else finds all addresses before the loop and has no registers for them.
-            uint32_t states_columns = column_operand(states), values_columns = column_operand(values);
-            uint32_t keys_rows = rows_of_keys;
-            asm volatile("" : "+r"(states_columns), "+r"(values_columns), "+r"(keys_rows));
             uint32_t q[kSteps][4];
 #    pragma unroll
             for (int k = 0; k < kSteps; k++)
 #    pragma unroll
                 for (int i = 0; i < 4; i++)
                     q[k][i] = ts::feature_map(i < 2 ? raw_q[k][i % 2].x : raw_q[k][i % 2].y);
-            ts::Accumulator acc = {};
+            ts::Accumulator acc, p;
             float below[4] = {}, rest[4] = {}; // columns alike
-            const float decay[2] = {decays[warp * 16 + lane / 4], decays[warp * 16 + lane / 4 + 8]};
+            // Hidden from the compiler, which else finds all of them before the loop and has no registers for them.
+            uint32_t states_here = states, keys_here = keys, values_here = values;
+            asm volatile("" : "+r"(states_here), "+r"(keys_here), "+r"(values_here));
+            const uint64_t states_at = ts::panel_descriptor(states_here), keys_at = ts::panel_descriptor(keys_here),
+                           values_at = ts::panel_descriptor(values_here);
+            ts::group_begin();
+#    pragma unroll
+            for (int k = 0; k < kSteps; k++)
+                ts::group_product<0>(p, q[k], ts::panel_further(keys_at, k * 32), k > 0);
+#    pragma unroll
+            for (int k = 0; k < kSteps; k++)
+                ts::group_product<1>(acc, q[k], ts::panel_further(states_at, k * 2048), k > 0);
+            ts::group_commit();
 #    pragma unroll
             for (int k = 0; k < kSteps; k++) {
-                product_columns(acc, q[k], states_columns + k * 2048);
                 const uint4 mass = s.masses[own][4 * k + lane % 4];
                 ts::mma(below, q[k], mass.x, mass.y);
                 ts::mma(rest, q[k], mass.z, mass.w);
             }
+            ts::group_wait<0>();
+            ts::group_hold(p);
+            ts::group_hold(acc);
             int next_event = event + kTeams;
-            asm volatile("" : "+r"(next_event)); // nor their addresses
+            asm volatile("" : "+r"(next_event)); // its addresses are not to be kept
             if (h + 1 == group && goes_on) {     // S^ has been read: the next values go there
                 team_sync(team);
                 ask_values(next_event, states);
             }
-            const int places[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
+            const float decay[2] = {decays[warp * 16 + lane / 4], decays[warp * 16 + lane / 4 + 8]};
 #    pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float reach = ts::exp2_fast(decay[r]);
@@ -188,59 +197,67 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
                     acc[n][2 * r + 1] *= reach;
                 }
             }
+            uint32_t weights[kSteps][4] = {};
 #    pragma unroll
-            for (int n = 0; n < D / 16; n++) {
+            for (int n = 0; n < kSteps; n++) {
                 if (n > warp)
                     break; // no row of the warp sees these keys
-                float p[2][4] = {};
-#    pragma unroll
-                for (int k = 0; k < kSteps; k++) {
-                    uint32_t b[4];
-                    ts::load_matrices(b, (keys_rows ^ k << 5) + n * 2048);
-                    ts::mma(p[0], q[k], b[0], b[1]);
-                    ts::mma(p[1], q[k], b[2], b[3]);
-                }
 #    pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int m = 16 * n + 8 * i + lane % 4 * 2;
                     const float2 key_decay = *(const float2 *)(key_decays + m);
+                    float x[4];
 #    pragma unroll
                     for (int k = 0; k < 4; k++) {
                         const float weight = ts::exp2_fast(decay[k / 2] - (k % 2 ? key_decay.y : key_decay.x));
-                        p[i][k] = n < warp || m + k % 2 <= places[k / 2] ? p[i][k] * weight : 0.0f;
+                        const int row = warp * 16 + lane / 4 + k / 2 * 8;
+                        x[k] = n < warp || m + k % 2 <= row ? p[2 * n + i][k] * weight : 0.0f;
                     }
+                    weights[n][2 * i] = ts::pack(x[0], x[1]);
+                    weights[n][2 * i + 1] = ts::pack(x[2], x[3]);
                 }
-                const uint32_t weights[4] = {ts::pack(p[0][0], p[0][1]), ts::pack(p[0][2], p[0][3]),
-                                             ts::pack(p[1][0], p[1][1]), ts::pack(p[1][2], p[1][3])};
-                product_columns(acc, weights, values_columns + n * 2048);
-                ts::mma(below, weights, ts::kOnes, ts::kOnes);
+                ts::mma(below, weights[n], ts::kOnes, ts::kOnes);
             }
+            ts::group_begin();
+#    pragma unroll
+            for (int n = 0; n < kSteps; n++)
+                ts::group_product<1>(acc, weights[n], ts::panel_further(values_at, n * 2048), 1);
+            ts::group_commit();
+            ts::group_wait<0>();
+            ts::group_hold(acc);
+            if (h + 1 == group)
+                team_sync(team); // keys and values have been read
             asm volatile("" : "+r"(next_event));
             if (h + 1 < group) {
                 ask_queries(next_event - kTeams, h + 1);
             } else if (goes_on) {
                 ask_keys(next_event);
                 ask_queries(next_event, 0);
+            } else { // else the compiler keeps the old ones through the products
+#    pragma unroll
+                for (int v = 0; v < kVectors; v++)
+                    raw_k[v] = make_uint4(0, 0, 0, 0);
+#    pragma unroll
+                for (int k = 0; k < kSteps; k++)
+                    raw_q[k][0] = raw_q[k][1] = make_uint2(0, 0);
             }
             // Neighbouring lanes exchange words, so that each writes 8 bytes.
-            const int thread = thread_again(), odd = thread & 1;
-            const int row = thread % kTeam / 32 * 16 + thread % 32 / 4;
+            const int odd = thread_again() & 1;
 #    pragma unroll
             for (int r = 0; r < 2; r++) {
                 const float scale = 1.0f / (below[2 * r] + a.normalizer_eps);
-                bf16 *y =
-                    y0 + ((event * D + row + 8 * r) * y_stride + (j * group + h) * D + thread % 4 / 2 * 4 + odd * 8);
 #    pragma unroll
-                for (int n = 0; n < D / 8; n += 2) {
-                    const uint32_t x = ts::pack(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
-                    const uint32_t z = ts::pack(acc[n + 1][2 * r] * scale, acc[n + 1][2 * r + 1] * scale);
+                for (int n = 0; n < D / 16; n++) {
+                    const float *left = acc[2 * n] + 2 * r, *right = acc[2 * n + 1] + 2 * r;
+                    const uint32_t x = ts::pack(left[0] * scale, left[1] * scale);
+                    const uint32_t z = ts::pack(right[0] * scale, right[1] * scale);
                     const uint32_t other = __shfl_xor_sync(~0u, odd ? x : z, 1);
-                    if (row + 8 * r < n_rows)
-                        *(uint2 *)(y + 8 * n) = odd ? make_uint2(other, z) : make_uint2(x, other);
+                    out[r][n] = odd ? make_uint2(other, z) : make_uint2(x, other);
                 }
             }
+            if (h + 1 < group || !goes_on)
+                store_outputs(event, h);
         }
-        team_sync(team); // keys and values have been read
         values = states;
     }
 }

@@ -58,8 +58,8 @@ template <int D> __device__ float column_sum(const float *shares, int column) {
 // A whole tile of kChunk tokens in BF16, which is nearly every piece of a long prompt: all loads are on their way
 // before the first is needed, and nothing is read twice.
 template <typename S, int D>
-__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int j, float4 *stage,
-                           float *scale_of, double *totals) {
+__device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piece, int64_t of_piece, int j,
+                           float4 *stage, float *scale_of, double *totals) {
     using W = typename ts::raw_state<ts::bf16, S>::type;
     constexpr int L = D + 8, kVectors = D / 8, kRows = kThreads / kVectors, kItems = kChunk / kRows;
     constexpr int kSplit = kWarps / (D / 16), kColumns = D / kSplit, kPitch = kStatePitch<W, D>;
@@ -135,7 +135,7 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
         if (tid % 32 == 0)
             totals[tid / 32] = share;
     } else if (tid < 2 * D) {
-        a.query_sums[((int64_t)blockIdx.x * n_kv + j) * D + tid - D] =
+        a.query_sums[(of_piece * n_kv + j) * D + tid - D] =
             column_sum<D>(query_shares, tid - D) / (float)(kChunk * group);
     }
     const int lane = tid % 32, row = tid / 32 % (D / 16) * 16, begin = tid / 32 / (D / 16) * kColumns;
@@ -179,18 +179,21 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const 
     __shared__ float reach_of[kMaxTile];
     __shared__ double c_of[kMaxTile], totals[kThreads / 32];
     __shared__ float gate_of[kMaxTile];
-    const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads, T = a.cache.tile_size;
-    const ts_cuda_piece piece = a.pieces.at[blockIdx.x];
+    const int tid = threadIdx.x, n_kv = a.cache.n_kv_heads, T = a.cache.tile_size;
+    // Heads vary fastest: those of a piece share the sectors that its gates lie in.
+    const int64_t of_piece = blockIdx.x / n_kv;
+    const int j = blockIdx.x % n_kv;
+    const ts_cuda_piece piece = a.pieces.at[of_piece];
     const int64_t head = ts::head_of(a, piece.sequence, j), open = head * T;
     const int group = a.cache.n_heads / n_kv;
     const bool closes = piece.closed >= 0;
     if constexpr (kMatrix)
         if (T == kChunk && piece.n_tokens == kChunk) {
-            whole_tile<S, D>(a, piece, j, stage, reach_of, totals);
+            whole_tile<S, D>(a, piece, of_piece, j, stage, reach_of, totals);
             return;
         }
     const float mean = closes ? 1.0f / (float)(T * group) : 1.0f;
-    float *query_sum = a.query_sums + ((int64_t)blockIdx.x * n_kv + j) * D;
+    float *query_sum = a.query_sums + (of_piece * n_kv + j) * D;
     const bool mine = tid < piece.n_tokens;
     double decay = 0;
     if (mine) {
@@ -277,8 +280,7 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     const int of_keys = ts::kStateStage<A, D>, of_state = D * kStatePitch<W, D> * (int)sizeof(W);
     const int bytes = of_keys + 2 * kWarps * D * (int)sizeof(float) + of_state;
     (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    tiles_kernel<A, S, D>
-        <<<dim3((unsigned)a->pieces.n_pieces, (unsigned)a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
+    tiles_kernel<A, S, D><<<(unsigned)(a->pieces.n_pieces * a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
 }
 
 } // namespace

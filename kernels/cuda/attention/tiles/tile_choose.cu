@@ -12,13 +12,16 @@
 
 namespace {
 
+// One size of blocks for every call: the order in which scores are summed must not depend on the batch (I3).
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
 constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
 constexpr int kAtOnce = kThreads / kShares;            // candidates
+constexpr int kNewest = 4;                             // ranges scored first
 constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
 template <int D> constexpr int kQueryPitch = D + 8;
+
 template <int D>
 constexpr int
     kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
@@ -89,12 +92,22 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
     return out;
 }
 
+// log(x) within 1e-4 of it, or -infinity: one warp works it out while all others wait.
+__device__ __forceinline__ double about_log(double x) {
+    if (!(x >= DBL_MIN))
+        return -INFINITY;
+    const int64_t bits = __double_as_longlong(x), fraction = (1ll << 52) - 1;
+    const double mantissa = __longlong_as_double((bits & fraction) | __double_as_longlong(1.0));
+    return 0.6931471805599453 * ((double)((int)(bits >> 52) - 1023) + (double)__log2f((float)mantissa));
+}
+
 // scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
 // half of the events. Rows without a tile are of whatever lies at `any`.
 template <int D>
 __device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
                                             float *scores) {
-    constexpr int kRowBlocks = kAtOnce / 16, kAhead = 2; // kAhead: steps whose loads are under way together
+    constexpr int kRowBlocks = kAtOnce / 16;
+    constexpr int kAhead = 2; // steps whose loads are under way together
     static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
     const int row = warp % kRowBlocks * 16 + lane / 4, first_event = warp / kRowBlocks * (kGroup / 2);
@@ -143,8 +156,8 @@ __device__ __forceinline__ void score_tiles(const float *const *mass_of, const f
     }
 }
 
-// Neighbouring threads have one candidate and a share of the events each: four ranges at a time. Pass 1 keeps the dots
-// in the list; pass 2 decides and writes the list over what it has read.
+// Neighbouring threads have one candidate and a share of the events each: kAtOnce candidates at a time. Pass 1 keeps
+// the dots in the list; pass 2 decides and writes the list over what it has read.
 template <int D>
 __global__ void __launch_bounds__(kThreads, 2)
     choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
@@ -250,15 +263,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     // Sums so far, to `thresholds`.
     const auto total = [&]() {
+        double x[kEvents];
 #pragma unroll
-        for (int g = 0; g < kEvents; g++) {
-            double sum = totals[g];
+        for (int g = 0; g < kEvents; g++)
+            x[g] = totals[g];
+        int event = g0; // the one whose sum over the warp this lane ends with
 #pragma unroll
-            for (int step = kShares; step < 32; step *= 2)
-                sum += __shfl_xor_sync(~0u, sum, step);
-            if (tid % 32 < kShares)
-                sums[tid / 32][g0 + g] = sum;
+        for (int step = kShares, n = kEvents / 2; step < 32; step *= 2, n /= 2) {
+            const bool upper = tid & step;
+            event += upper ? n : 0;
+#pragma unroll
+            for (int g = 0; g < n; g++) { // each of two lanes adds up one half
+                const double given = upper ? x[g] : x[g + n];
+                x[g] = (upper ? x[g + n] : x[g]) + __shfl_xor_sync(~0u, given, step);
+            }
         }
+        sums[tid / 32][event] = x[0];
         __syncthreads();
         if (tid < kGroup) {
             double sum = 0;
@@ -270,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
 
     // First the newest ranges, whose sums bound the totals from below; then, of the others, those that this leaves.
-    const int n_newest = (int)min((int64_t)(kAtOnce / kRange), own + 1);
+    const int n_newest = (int)min((int64_t)kNewest, own + 1);
     const int64_t first_recent = group.first_tile + group.first + 1 - rules.recent_tiles; // tile, at the first event
     const int64_t n_others = n_held_ranges + own + 1 - n_newest;
     for (int64_t i0 = -kThreads; i0 < n_others; i0 += kThreads) {
@@ -318,15 +338,15 @@ __global__ void __launch_bounds__(kThreads, 2)
         total();
         if (tid < kGroup && rules.skip_share > 0) {
             const double n_candidates = (double)(n_held_ranges + own + 1) * kRange;
-            // 1e-3: more than the rounding of the scores, which are sums of f32 products.
-            double unit = log(thresholds[tid]) - ends[tid] - log((double)__uint_as_float(largest[tid])) - 1e-3;
+            // 1e-3: more than the rounding of logarithms and of the scores, which are sums of f32 products.
+            double unit = about_log(thresholds[tid]) - ends[tid] - about_log(__uint_as_float(largest[tid])) - 1e-3;
             unit = tid >= group.n_events ? INFINITY : isnan(unit) ? -INFINITY : unit;
 #pragma unroll
             for (int step = 16; step > 0; step /= 2)
                 unit = fmin(unit, __shfl_xor_sync(~0u, unit, step));
             if (tid == 0) {
-                lowest[0] = unit + log(rules.skip_share);
-                lowest[1] = unit + fmin(log(rules.skip_share), log(0x1p-24 / n_candidates));
+                lowest[0] = unit + about_log(rules.skip_share);
+                lowest[1] = unit + fmin(about_log(rules.skip_share), about_log(0x1p-24 / n_candidates));
             }
         }
         __syncthreads();

@@ -1,0 +1,127 @@
+// The products of decode on Hopper, in BF16 (linear_few_kernel.cuh): which ones, in what shape, and their launch.
+#include "kernels/cuda/linear/linear.h"
+#include "kernels/cuda/linear/linear_few_kernel.cuh"
+
+namespace {
+
+// How a product is cut. n_parts depends on w alone, so that a row's bits do not depend on the number of rows.
+struct few_shape {
+    int n_parts;
+    int tokens, own; // of a block: tokens and parts
+    int w_stages, x_stages;
+    bool alone; // one block a multiprocessor: else clusters that begin early crowd on those that are free first
+};
+
+constexpr int kAloneBytes = 116 << 10;   // of shared memory, which two blocks of a multiprocessor cannot have
+constexpr int64_t kNextBytes = 16 << 20; // of the next weights: more would drive out of L2 what was brought there
+
+// Enough blocks for few tokens, whatever device this is.
+int parts_of(int64_t n, int64_t k) {
+    return n <= 33 * ts::kFewRows && k >= 4 * ts::kFewDepth ? ts::kFewMostParts : 1;
+}
+
+// What measured fastest for D 1024 on an H100 (docs/kernels.md).
+few_shape shape_of(int64_t n, int64_t k, int64_t rows) {
+    const int parts = parts_of(n, k);
+    few_shape s = {parts, 8, 1, parts == 1 ? 6 : 4, 8, false};
+    while (s.tokens < rows && s.tokens < 64)
+        s.tokens *= 2;
+    if (s.tokens == 64)
+        s.x_stages = 6;
+    if (rows > 64 && s.n_parts > 1) // more blocks for a longer sum: the exchange takes its time
+        s = {s.n_parts, 64, rows > 128 && k <= 8 * ts::kFewDepth ? 4 : 2, 4, 8, true};
+    else if (rows > 128)
+        s = {1, 128, 1, 3, 5, true};
+    return s;
+}
+
+template <int kTokens, int kOwn>
+cudaError_t launch(const few_shape &s, const ts::FewMaps &maps, ts::FewArgs a, int64_t rows, bool early,
+                   cudaStream_t stream) {
+    const int needed =
+        ts::kFewBarrierBytes + a.w_stages * ts::kFewWeightBytes + a.x_stages * ts::few_token_bytes(kTokens);
+    const int bytes = s.alone && needed < kAloneBytes ? kAloneBytes : needed;
+    const dim3 grid((unsigned)((a.n + ts::kFewRows - 1) / ts::kFewRows * a.cluster_size),
+                    (unsigned)((rows + kTokens - 1) / kTokens));
+    const int64_t n_pieces = (int64_t)grid.x * grid.y * (a.n_steps / a.cluster_size);
+    a.next_bytes = (uint32_t)((a.next_total + 16 * n_pieces - 1) / (16 * n_pieces) * 16);
+    ts::launch_config l(grid, ts::kFewThreads, (size_t)bytes, stream);
+    if (early)
+        l.begin_early();
+    l.in_clusters((unsigned)a.cluster_size);
+    const cudaError_t error =
+        cudaFuncSetAttribute(ts::linear_few<kTokens, kOwn>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    return error != cudaSuccess ? error : cudaLaunchKernelEx(&l.config, ts::linear_few<kTokens, kOwn>, maps, a);
+}
+
+decltype(&launch<8, 1>) launch_of(const few_shape &s) {
+    if (s.own > 1)
+        return s.own == 2 ? launch<64, 2> : launch<64, 4>;
+    return s.tokens == 8    ? launch<8, 1>
+           : s.tokens == 16 ? launch<16, 1>
+           : s.tokens == 32 ? launch<32, 1>
+           : s.tokens == 64 ? launch<64, 1>
+                            : launch<128, 1>;
+}
+
+// Whole units of 16 bytes, none beyond the last element.
+int64_t bytes_brought(const ts_tensor *w) {
+    const int64_t all = ((w->rows - 1) * w->stride + w->cols) * (int64_t)ts_dtype_bytes(w->dtype) / 16 * 16;
+    return all < kNextBytes ? all : kNextBytes;
+}
+
+ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_args *args, const ts_tensor &w,
+                   bool early) {
+    ts_status status = TS_OK;
+    void *encode = device->dense_plan.tensor_map_encode;
+    const ts_tensor *next = args->next_w && (uintptr_t)args->next_w->data % 16 == 0 ? args->next_w : NULL;
+    const ts_tensor &x = args->x, &y = args->y;
+    ts::FewMaps maps;
+    const ts::FewArgs a = {
+        .bias = args->bias ? (const ts::bf16 *)args->bias->data : NULL,
+        .n = (int)w.rows,
+        .n_steps = (int)((w.cols + ts::kFewDepth - 1) / ts::kFewDepth),
+        .n_parts = s.n_parts,
+        .cluster_size = s.n_parts / s.own,
+        .w_stages = s.w_stages,
+        .x_stages = s.x_stages,
+        .gelu = args->activation == TS_ACTIVATION_GELU_TANH,
+        .next_w = next ? (const unsigned char *)next->data : NULL,
+        .next_bytes = 0,
+        .next_total = next ? bytes_brought(next) : 0,
+    };
+    TS_CHECK(ts::tensor_map_create(&maps.w, encode, w.data, w.rows, w.cols, w.stride, ts::kFewRows) &&
+                 ts::tensor_map_create(&maps.x, encode, x.data, x.rows, x.cols, x.stride, s.tokens) &&
+                 ts::tensor_map_create(&maps.y, encode, y.data, y.rows, y.cols, y.stride, s.tokens,
+                                       ts::kFewRows / a.cluster_size),
+             TS_ERR_DEVICE, "cuda: linear: the driver takes no map of x [%lld, %lld], w [%lld, %lld] or y",
+             (long long)x.rows, (long long)x.cols, (long long)w.rows, (long long)w.cols);
+    TS_CUDA_TRY(launch_of(s)(s, maps, a, x.rows, early, device->stream));
+    device->cache_is_settled = true;
+done:
+    return status;
+}
+
+bool is_aligned(const ts_tensor &t) {
+    return t.dtype == TS_BF16 && (uintptr_t)t.data % 16 == 0 && t.stride % 8 == 0;
+}
+
+} // namespace
+
+bool ts_cuda_linear_few_applies(const ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w) {
+    return device->dense_plan.capability == 90 && args->row_invariant && is_aligned(args->x) && is_aligned(*w) &&
+           is_aligned(args->y) && w->rows <= TS_CUDA_LINEAR_FEW_COLUMNS && w->cols > 0;
+}
+
+ts_status ts_cuda_linear_few(ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w, bool early) {
+    ts_status status = TS_OK;
+    for (int64_t first = 0; first < args->x.rows; first += TS_CUDA_LINEAR_FEW_ROWS) {
+        const int64_t left = args->x.rows - first;
+        ts_linear_args part = *args;
+        part.x = ts_tensor_rows(args->x, first, left < TS_CUDA_LINEAR_FEW_ROWS ? left : TS_CUDA_LINEAR_FEW_ROWS);
+        part.y = ts_tensor_rows(args->y, first, part.x.rows);
+        TS_TRY(multiply(device, shape_of(w->rows, w->cols, part.x.rows), &part, *w, early));
+    }
+done:
+    return status;
+}

@@ -1,0 +1,53 @@
+// Kernels that begin before the kernel in front of them on the stream has ended (programmatic dependent launch, sm_90).
+//
+// What a kernel does before wait_for_front may only read, and only what the kernel in front does not write: every
+// kernel lets the next begin after its own wait, so all before the one in front have ended by then.
+#ifndef TS_CUDA_DEPENDENT_LAUNCH_CUH
+#define TS_CUDA_DEPENDENT_LAUNCH_CUH
+
+#include <cuda_runtime.h>
+
+namespace ts {
+
+// The kernels in front have ended and what they wrote is there. At once where the launch was an ordinary one.
+__device__ __forceinline__ void wait_for_front() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin once every block has said so.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A launch with up to two attributes.
+struct launch_config {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config;
+
+    launch_config(dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream) : attributes(), config() {
+        config.gridDim = grid;
+        config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = stream;
+        config.attrs = attributes;
+    }
+    // For kernels that wait_for_front, on sm_90.
+    void begin_early() {
+        cudaLaunchAttribute &a = attributes[config.numAttrs++];
+        a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        a.val.programmaticStreamSerializationAllowed = 1;
+    }
+    void in_clusters(unsigned n_blocks) {
+        cudaLaunchAttribute &a = attributes[config.numAttrs++];
+        a.id = cudaLaunchAttributeClusterDimension;
+        a.val.clusterDim.x = n_blocks;
+        a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    }
+};
+
+} // namespace ts
+#endif
