@@ -1,6 +1,6 @@
 // The attention op in sparse form where its arrays pass 2^31 elements: a sequence whose slots lie beyond, and rows of
-// qkvg beyond, must come out bit by bit as the same sequence does in small arrays. Needs a GPU with 24 GiB free; exits
-// 77 without one.
+// qkvg beyond, must come out bit by bit as the same sequence does in small arrays; and sequences in one batch as each
+// does alone. Needs a GPU with 24 GiB free; exits 77 without one.
 //
 //     test.kernels.attention_sparse_cuda
 //     test.kernels.attention_sparse_cuda time [N_TOKENS [HEAD_DIM [CALLS [fp8 [CHUNK]]]]]
@@ -199,6 +199,42 @@ int verdict(const char *what, bool same) {
     return same ? 0 : 1;
 }
 
+std::vector<int64_t> read_pairs(const cache &c, const shape &s, int n_sequences) {
+    std::vector<int64_t> out((size_t)(2 * n_sequences * s.n_kv));
+    check(cudaDeviceSynchronize());
+    check(cudaMemcpy(out.data(), c.layer.pairs, out.size() * 8, cudaMemcpyDeviceToHost));
+    return out;
+}
+
+// I3: sequences of eight groups of 32 tiles, all of them in one call (640 groups and KV heads), then each in a call of
+// its own (128), select the same tiles and write the same bits.
+int verify_batch(ts_device *device, int d) {
+    constexpr int kSequences = 5;
+    constexpr int64_t n = 8 * 32 * 64, n_slots = n / 64;
+    const shape s = {16, 16, d, 64, TS_BF16, kRules};
+    rows r(s, kSequences * n);
+    std::vector<ts_span> spans;
+    for (int i = 0; i < kSequences; i++) {
+        r.fill(s, i * n, n, 20 + (uint64_t)i, 72.0f);
+        spans.push_back({i, (int32_t)n, 0, 0});
+    }
+    std::vector<uint16_t> y[2];
+    std::vector<int64_t> pairs[2];
+    for (int alone = 0; alone < 2; alone++) {
+        const cache c(s, kSequences, n_slots, kSequences * n_slots);
+        check(cudaMemset(r.y.data, 0xff, (size_t)(r.y.rows * r.y.stride) * 2));
+        if (alone)
+            for (int i = 0; i < kSequences; i++)
+                attend(device, c, r, {spans[(size_t)i]}, i * n);
+        else
+            attend(device, c, r, spans, 0);
+        y[alone] = read(r, 0, kSequences * n);
+        pairs[alone] = read_pairs(c, s, kSequences);
+    }
+    return verdict(d == 64 ? "sequences in one batch and alone" : "sequences in one batch and alone, d 128",
+                   y[0] == y[1] && pairs[0] == pairs[1] && is_written(y[0]));
+}
+
 int verify(ts_device *device) {
     size_t free_bytes, total_bytes;
     check(ts_device_memory(device, &free_bytes, &total_bytes));
@@ -226,6 +262,8 @@ int verify(ts_device *device) {
         n_failed += verdict(slots == TS_BF16 ? "slots beyond 2^31 elements" : "slots beyond 2^31 elements, FP8",
                             y[0] == y[1] && is_written(y[0]));
     }
+    n_failed += verify_batch(device, 64);
+    n_failed += verify_batch(device, 128);
     const shape s = {16, 16, 64, 64, TS_BF16, kRules};
     const int64_t n_first = 700000, n = 5000;
     rows r(s, n_first + n);
