@@ -42,6 +42,15 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ bool phase_ended(uint32_t barrier, int parity) {
+    uint32_t done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 // Lanes may see the phase end at different times; the warp goes on as one.
 __device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
     uint32_t done;
@@ -65,6 +74,16 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32
     asm volatile(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
         "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
+        : "memory");
+}
+
+// Without a branch.
+__device__ __forceinline__ void send_where(bool valid, uint32_t to, const uint32_t (&x)[4], uint32_t barrier) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n}" ::"r"(
+            to),
+        "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(barrier), "r"((int)valid)
         : "memory");
 }
 

@@ -3,15 +3,15 @@
 // Pieces, clusters and waves are those of head size 64 (attention_dense_cluster.cuh), but a tile has 128 tokens, so
 // that half as much of S_t and S^ travels, and a block has one tile at a time: 64 tokens each for two warpgroups.
 // Per wave a block
-//     1. forms what the tile's tokens give each other, eq. (9), and maps the next tile's keys;
-//     2. when S^ of this tile has come from the blocks that have its rows, adds the state's part, and forms S_t of the
-//        next tile, eq. (7), which stays in registers, 16 feature rows a warp;
-//     3. sends S_t, each warp to the block of its rows, and writes y.
+//     1. forms what the tile's tokens give each other, eq. (9);
+//     2. maps the next tile's keys and forms its S_t, eq. (7), which stays in registers, 16 feature rows a warp;
+//     3. adds the state's part, as soon as S^ of this tile has come from the blocks that have its rows;
+//     4. sends the next tile's S_t, each warp to the block of its rows, and writes y.
 // Two warps of block c run the recurrence of eq. (8) over the wave's tiles for rows 16 c ... 16 c + 15 in f32, a third
 // does z^, and a fourth tells the gates of tiles ahead. S_t of a tile is answered by S^ while y is written and step 1
 // of the next tile runs.
 // S_t leaves only after S^ of the tile before has been used, and no block is answered before its S_t has been taken,
-// so one place each suffices for S_t and S^. y goes from registers to memory: there is no place for it either.
+// so one place each suffices for S_t and S^.
 #ifndef TS_CUDA_ATTENTION_DENSE_WIDE_CUH
 #define TS_CUDA_ATTENTION_DENSE_WIDE_CUH
 
@@ -39,17 +39,18 @@ __device__ __forceinline__ void warpgroup_sync(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
 
-// One of two warpgroups.
+// Two warpgroups of threads, which share a tile's queries.
 __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtensorMap &qkv, WideShared &shared,
-                                                int group, int block) {
-    const int lane = lane_id(), warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0),
-              thread = 128 * group + 32 * warp + lane;
-    const int heads = a.n_heads / a.n_kv_heads, to = 4 * group + warp, row = 64 * group + 16 * warp + lane / 4;
+                                                int block) {
+    // Taken from a shuffle, so that it is not read again and waited for; lane, warp and what comes of them are made
+    // where they are wanted.
+    const int thread = __shfl_sync(~0u, threadIdx.x, threadIdx.x & 31);
+    const int heads = a.n_heads / a.n_kv_heads;
     const uint32_t k_base = shared_address(shared.k[0]), v_base = shared_address(shared.v[0]),
                    q = shared_address(shared.q), ones_at = shared_address(shared.ones),
                    keys_full = shared_address(&shared.keys_full[0]), gates_full = shared_address(&shared.gates_full[0]),
                    queries_full = shared_address(&shared.queries_full), state_full = shared_address(&shared.state_full),
-                   to_block = in_block(ones_at, to) - ones_at;
+                   to_block = in_block(ones_at, thread / 32) - ones_at;
     const auto stage_of = [](uint32_t base, int wave) { return base + wave % 2 * kWideTileBytes; };
     // A phase ends with every wave, with a tile or without. What is copied in part is waited for apart.
     const auto load_panels = [&](uint32_t panels, int column, int row, uint32_t full) {
@@ -59,7 +60,7 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
     const auto load_keys = [&](const WideTask &task, int wave) {
         const int column = (a.n_heads + task.head) * 128;
         const uint32_t k = stage_of(k_base, wave), v = stage_of(v_base, wave), full = keys_full + wave % 2 * 8;
-        if (to == 0 && elect()) {
+        if (thread < 32 && elect()) {
             expect_bytes(full, task.kind == kWholeTile ? 2 * kWideTileBytes : 0);
             if (task.kind == kWholeTile) {
                 load_panels(k, column, task.row, full);
@@ -67,19 +68,38 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
             }
         }
         if (__builtin_expect(task.kind == kPartTile, 0)) {
-            copy_wide_part(a, task.row, task.tokens, column, k, thread / 8, 32, thread & 7);
-            copy_wide_part(a, task.row, task.tokens, column + a.n_kv_heads * 128, v, thread / 8, 32, thread & 7);
+            const int t = made_here(thread);
+            copy_wide_part(a, task.row, task.tokens, column, k, t / 8, 32, t & 7);
+            copy_wide_part(a, task.row, task.tokens, column + a.n_kv_heads * 128, v, t / 8, 32, t & 7);
         }
     };
     const auto load_queries = [&](const WideTask &task, int i) {
         const int column = (task.head * heads + i) * 128;
-        if (to == 0 && elect()) {
+        if (thread < 32 && elect()) {
             expect_bytes(queries_full, task.kind == kWholeTile ? kWideTileBytes : 0);
             if (task.kind == kWholeTile)
                 load_panels(q, column, task.row, queries_full);
         }
-        if (__builtin_expect(task.kind == kPartTile, 0))
-            copy_wide_part(a, task.row, task.tokens, column, q, 64 * group + thread % 128 / 8, 16, thread & 7);
+        if (__builtin_expect(task.kind == kPartTile, 0)) {
+            const int t = made_here(thread);
+            copy_wide_part(a, task.row, task.tokens, column, q, t / 128 * 64 + t % 128 / 8, 16, t & 7);
+        }
+    };
+    uint32_t fq[8][4]; // the warp's queries, then their features
+    int queries_parity = 0;
+    const auto take_queries = [&](const WideTask &task) {
+        wait_phase(queries_full, queries_parity);
+        queries_parity ^= 1;
+        const int t = made_here(thread);
+        if (__builtin_expect(task.kind == kPartTile, 0)) {
+            copy_wait<0>();
+            warpgroup_sync(t / 128);
+        }
+        const uint32_t from =
+            panel_unit(q, t / 32 * 16 + (t & 15), (t >> 4) & 1); // units further differ by exclusive or
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            load_matrices(fq[i], (from ^ (i % 4 * 32)) + i / 4 * kWidePanelBytes);
     };
     const auto wait_keys = [&](const WideTask &task, int wave) {
         wait_phase(keys_full + wave % 2 * 8, wave / 2 & 1);
@@ -91,102 +111,98 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
         map_wide_keys(gates, stage_of(k_base, wave), made_here(thread), gates.is_strong);
     };
     WideTileState formed;
-    const auto begin_state = [&](WideSums &sums, int wave) {
-        begin_wide_state(sums, stage_of(k_base, wave), stage_of(v_base, wave), ones_at, group);
+    // S_t of a tile, half by half; rest() is done while products of the first run.
+    const auto form_state = [&](int wave, auto rest) {
+        const uint32_t k = stage_of(k_base, wave), v = stage_of(v_base, wave);
+        const int group = made_here(thread) / 128;
+        const WideGates &gates = shared.gates[wave % 2];
+        Accumulator first, second;
+        float z[4];
+        begin_wide_state<0>(first, z, k, v, ones_at, group);
+        rest();
+        begin_wide_state<1>(second, z, k, v, ones_at, group);
+        group_wait<1>();
+        end_wide_state<0>(formed, first, z, gates);
+        __syncwarp(); // so that the compiler does not wait before
+        group_wait<0>();
+        end_wide_state<1>(formed, second, z, gates);
     };
-    const auto end_state = [&](WideSums &sums, int wave) {
-        end_wide_state(formed, sums, shared.gates[wave % 2].state_scale);
-    };
-    // Called by all after S_t of this tile is formed and S^ of the one before has been used.
+    // Called by all after S_t of this tile is formed and S^ of the one before has been used. The rows of S_t follow
+    // with the first head.
     const auto send_formed = [&](const WideTask &task, int wave) {
         const bool is_active = task.kind >= kPartTile;
-        const WideGates &gates = shared.gates[wave % 2];
         if (task.kind == kNoWave)
             return;
-        if (to == 0 && elect())
+        if (thread < 32 && elect())
             expect_bytes(state_full, (is_active ? kWideTileBytes : 0) + (uint32_t)sizeof(shared.mass));
-        send_wide_state(shared, formed, gates, is_active, made_here(lane), to_block, block);
-        if (__builtin_expect(is_active && gates.is_strong, 0)) { // weights want keys without their decay to the end
+        const int t = made_here(thread);
+        send_wide_mass(shared, formed, is_active, t & 31, to_block, block);
+        if (__builtin_expect(is_active && formed.is_strong, 0)) { // weights want keys without their decay to the end
             const uint32_t k = stage_of(k_base, wave);
-            copy_wide_part(a, task.row, task.tokens, (a.n_heads + task.head) * 128, k, thread / 8, 32, thread & 7);
+            copy_wide_part(a, task.row, task.tokens, (a.n_heads + task.head) * 128, k, t / 8, 32, t & 7);
             copy_wait<0>();
-            map_wide_keys(gates, k, thread, false);
+            map_wide_keys(shared.gates[wave % 2], k, t, false);
             publish_to_wgmma();
             workers_sync();
         }
     };
-    int queries_parity = 0;
     wait_phase(gates_full, 0);
-    WideTask task = shared.task[0], next = shared.task[1];
-    load_keys(task, 0);
-    load_queries(task, 0);
-    load_keys(next, 1);
-    if (task.kind >= kPartTile) {
-        WideSums sums;
-        wait_keys(task, 0);
+    const auto task_of = [&](int wave) -> const WideTask & { return shared.task[wave % kWideTasks]; };
+    load_keys(task_of(0), 0);
+    load_queries(task_of(0), 0);
+    load_keys(task_of(1), 1);
+    int kind = task_of(0).kind;
+    if (kind >= kPartTile) {
+        wait_keys(task_of(0), 0);
         map_keys(0);
         publish_to_wgmma();
         workers_sync();
-        begin_state(sums, 0);
-        group_wait<0>();
-        end_state(sums, 0);
+        form_state(0, [] {});
         workers_sync();
     }
-    send_formed(task, 0);
-    for (int wave = 0; task.kind != kNoWave; wave++) {
-        WideTask after;
-        // What ends the first half of a wave: q, k, v and the gates of this tile have been read, and k of the next is
+    take_queries(task_of(0));
+    send_formed(task_of(0), 0);
+    for (int wave = 0; kind != kNoWave; wave++) {
+        // What ends the first half of a wave: k, v and the gates of this tile have been read, and k of the next is
         // mapped.
         const auto turn = [&] {
             publish_to_wgmma();
             workers_sync();
             if (thread == 0)
                 arrive(shared_address(&shared.gates_free));
-            after = shared.task[(wave + 2) % kWideTasks];
-            load_queries(next, 0);
-            load_keys(after, wave + 2);
+            load_queries(task_of(wave + 1), 0);
+            load_keys(task_of(wave + 2), wave + 2);
         };
         const auto wait_next = [&] {
             wait_phase(gates_full + (wave + 1) % 2 * 8, (wave + 1) / 2 & 1);
-            if (next.kind >= kPartTile)
-                wait_keys(next, wave + 1);
+            if (task_of(wave + 1).kind >= kPartTile)
+                wait_keys(task_of(wave + 1), wave + 1);
         };
         const auto wait_state = [&] {
             wait_phase(state_full, wave & 1);
             publish_to_wgmma();
         };
-        const auto wait_queries = [&] {
-            wait_phase(queries_full, queries_parity);
-            queries_parity ^= 1;
-        };
-        // Head i of the group. With its last head goes what the next tile wants; where that has no tokens, products of
-        // whatever lies there are formed and not used: a branch among products in flight would cost more.
+        // Head i of the group, whose queries have been taken. With its last head goes what the next tile wants; where
+        // that has no tokens, products of whatever lies there are formed and not used: a branch among products in
+        // flight would cost more.
         const auto attend = [&](int i, auto last) {
             constexpr bool is_last = decltype(last)::value;
-            const WideGates &gates = shared.gates[wave % 2];
-            uint32_t fq[8][4], fw[8][4];
+            uint32_t fw[8][4];
             Accumulator y[2];
             float mass[4], old_mass[4]; // of the tile's own keys, and of earlier ones
             {
+                const WideGates &gates = shared.gates[wave % 2];
+                const int t0 = made_here(thread), row = t0 / 32 * 16 + t0 % 32 / 4;
                 const float c0 = gates.log_decay[row], c1 = gates.log_decay[row + 8];
                 const bool is_strong = gates.is_strong;
                 const float from0 = exp2_fast(c0), from1 = exp2_fast(c1);
                 const uint32_t decay0 = pack_bf16(from0, from0), decay1 = pack_bf16(from1, from1);
                 const float log0 = is_strong ? 0.0f : c0, log1 = is_strong ? 0.0f : c1;
                 const uint32_t scale0 = is_strong ? kOnes : decay0, scale1 = is_strong ? kOnes : decay1;
-                wait_queries();
-                if (__builtin_expect(task.kind == kPartTile, 0)) {
-                    copy_wait<0>();
-                    warpgroup_sync(group);
-                }
-                // Queries are mapped while the products of those before run. The first warpgroup forms the weights of
-                // later keys too, and they are masked.
+                // Queries are mapped, and rows of S_t leave, while the products of those before run. The first
+                // warpgroup forms the weights of later keys too, and they are masked.
                 Accumulator weights[2];
                 const uint64_t keys = panel_descriptor(stage_of(k_base, wave));
-#pragma unroll
-                for (int t = 0; t < 8; t++)
-                    load_matrices(fq[t], panel_unit(q + t / 4 * kWidePanelBytes, 64 * group + 16 * warp + (lane & 15),
-                                                    t % 4 * 2 + (lane >> 4)));
 #pragma unroll
                 for (int t = 0; t < 8; t++) {
                     fq[t][0] = feature_map(fq[t][0], log0, scale0);
@@ -200,6 +216,10 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
                             weights[b], fq[t],
                             panel_further(keys, b * 64 * kPanelRowBytes + t / 4 * kWidePanelBytes + t % 4 * 32), t > 0);
                     group_commit();
+                    if (t < 4) {
+                        send_wide_rows(shared, formed, 2 * t, i == 0, t0 & 31, to_block, block);
+                        send_wide_rows(shared, formed, 2 * t + 1, i == 0, t0 & 31, to_block, block);
+                    }
                 }
                 group_wait<0>();
                 group_hold(weights[0]);
@@ -216,12 +236,10 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
                         fq[t][3] = multiply_bf16(fq[t][3], decay1);
                     }
                 }
+                const int t1 = made_here(thread), group = t1 / 128;
 #pragma unroll
                 for (int b = 0; b < 2; b++)
-                    mask_wide_weights(&fw[4 * b], weights[b], made_here(lane),
-                                      made_here(b < group   ? 4
-                                                : b > group ? -1
-                                                            : warp));
+                    mask_wide_weights(&fw[4 * b], weights[b], t1 & 31, b < group ? 4 : b > group ? -1 : t1 / 32 % 4);
             }
             if (is_last)
                 wait_next();
@@ -245,13 +263,10 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
                 turn();
             } else {
                 workers_sync(); // q has been read
-                load_queries(task, i + 1);
+                load_queries(task_of(wave), i + 1);
             }
             if (i == 0)
                 wait_state();
-            WideSums sums;
-            if (is_last)
-                begin_state(sums, wave + 1);
             const uint64_t states = panel_descriptor(shared_address(shared.state)),
                            masses = column_descriptor(shared_address(shared.mass));
             group_begin();
@@ -263,40 +278,40 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
                     group_product<1>(y[p], fq[t], panel_further(states, p * kWidePanelBytes + t * 2048), 1);
             }
             group_commit();
-            if (is_last) {
-                group_wait<1>();
-                end_state(sums, wave + 1);
-            }
-            group_wait<0>();
-            group_hold(y[0]);
-            group_hold(y[1]);
-            group_hold(old_mass);
-            if (is_last) {
-                workers_sync(); // S^ of this wave has been used
-                send_formed(next, wave + 1);
-            }
-            store_wide_outputs(a, task, task.head * heads + i, y, mass[0] + old_mass[0], mass[2] + old_mass[2],
-                               made_here(row), made_here(lane));
+            // Products of the next tile's S_t may run on.
+            const auto finish = [&] {
+                group_wait<is_last>();
+                group_hold(y[0]);
+                group_hold(y[1]);
+                group_hold(old_mass);
+                const int t2 = made_here(thread);
+                const WideTask task = task_of(wave);
+                store_wide_outputs(a, task, task.head * heads + i, y, mass[0] + old_mass[0], mass[2] + old_mass[2],
+                                   t2 / 32 * 16 + t2 % 32 / 4, t2 & 31);
+            };
+            if (is_last)
+                form_state(wave + 1, finish);
+            else
+                finish();
         };
-        if (__builtin_expect(task.kind >= kPartTile, 1)) {
+        if (__builtin_expect(kind >= kPartTile, 1)) {
 #pragma unroll 1
-            for (int i = 0; i + 1 < heads; i++)
+            for (int i = 0; i + 1 < heads; i++) {
                 attend(i, std::false_type());
+                take_queries(task_of(wave));
+            }
             attend(heads - 1, std::true_type());
         } else {
-            wait_queries();
             wait_next();
             map_keys(wave + 1);
             turn();
             wait_state();
-            WideSums sums;
-            begin_state(sums, wave + 1);
-            group_wait<0>();
-            end_state(sums, wave + 1);
-            workers_sync();
-            send_formed(next, wave + 1);
+            form_state(wave + 1, [] {});
         }
-        task = next, next = after;
+        take_queries(task_of(wave + 1));
+        workers_sync(); // S^ of this wave has been used
+        send_formed(task_of(wave + 1), wave + 1);
+        kind = task_of(wave + 1).kind;
     }
 }
 
@@ -385,7 +400,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     cluster_sync();
     if (group < 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-        run_wide_worker(a, qkv, shared, group, block);
+        run_wide_worker(a, qkv, shared, block);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
         const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);

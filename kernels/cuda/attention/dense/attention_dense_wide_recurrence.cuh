@@ -43,7 +43,7 @@ struct WideTask {
     int tokens; // of the tile that are the span's: the first, and 2^16 times the one after the last
 };
 
-constexpr int kWideTasks = 4; // waves are told three ahead
+constexpr int kWideTasks = 8; // waves are told three ahead, and read until they end
 
 struct WideShared {
     unsigned char k[2][kWideTileBytes], v[2][kWideTileBytes], q[kWideTileBytes];
@@ -132,33 +132,67 @@ __device__ __forceinline__ void run_wide_recurrence(const DenseArgs &a, WideShar
                 arrive(inbox_full + 8 * lane);
             if (wave + kClusterBlocks >= w.end_tile) // while there is time
                 next = next_work<WidePieces>(a, w.item + n_clusters, n_clusters);
-                // A tile is answered after its own state has been taken: only then may what follows it come.
-#pragma unroll 2
-            for (int t = 0; t < kClusterBlocks; t++) {
-                wait_phase(inbox_full + 8 * t, parity);
-                if (t >= n)
-                    continue;
-                uint32_t x[4][4];
+            // Taken one tile ahead. A tile is answered after its own state has been taken: only then may what follows
+            // it
+            // come.
+            struct Arrived {
+                uint32_t s[4][4];
+                float decay;
+            };
+            const auto take = [&](Arrived &tile, int t) {
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        x[i][e] = load_shared4(in_from[e] + t * kWideRowsBytes + i / 2 * 1024 + i % 2 * 128);
-                const float decay = __uint_as_float(load_shared4(slices + t * (int)sizeof(WideSlice)));
+                        tile.s[i][e] = load_shared4(in_from[e] + t * kWideRowsBytes + i / 2 * 1024 + i % 2 * 128);
+                tile.decay = __uint_as_float(load_shared4(slices + t * (int)sizeof(WideSlice)));
+            };
+            const auto answer = [&](int t) {
                 const uint32_t there = in_block(full, t), to = there - full + out_state; // and 4 rows further
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     send((i < 2 ? to : (to + 512) ^ 64) + i % 2 * kWidePanelBytes, pack_bf16(s[i][0], s[i][1]),
                          pack_bf16(s[i][2], s[i][3]), pack_bf16(s[i][4], s[i][5]), pack_bf16(s[i][6], s[i][7]), there);
-                if (__builtin_expect(wave + t == closing, 0))
-                    close();
+            };
+            const auto add = [&](const Arrived &tile) {
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        s[i][2 * e] = decay * s[i][2 * e] + low_of(x[i][e]);
-                        s[i][2 * e + 1] = decay * s[i][2 * e + 1] + high_of(x[i][e]);
+                        s[i][2 * e] = tile.decay * s[i][2 * e] + low_of(tile.s[i][e]);
+                        s[i][2 * e + 1] = tile.decay * s[i][2 * e + 1] + high_of(tile.s[i][e]);
                     }
+            };
+            if (n == kClusterBlocks && (closing < wave || closing >= wave + kClusterBlocks)) {
+                Arrived tiles[2];
+                wait_phase(inbox_full, parity);
+                take(tiles[0], 0);
+#pragma unroll
+                for (int t = 0; t < kClusterBlocks; t++) {
+                    const bool is_more = t + 1 < kClusterBlocks,
+                               is_there = is_more && __all_sync(~0u, phase_ended(inbox_full + 8 * (t + 1), parity));
+                    answer(t);
+                    if (is_more) {
+                        if (!is_there)
+                            wait_phase(inbox_full + 8 * (t + 1), parity);
+                        __syncwarp();
+                        take(tiles[(t + 1) % 2], t + 1);
+                    }
+                    add(tiles[t % 2]);
+                }
+            } else {
+#pragma unroll 1
+                for (int t = 0; t < kClusterBlocks; t++) {
+                    wait_phase(inbox_full + 8 * t, parity);
+                    if (t < n) {
+                        Arrived tile;
+                        take(tile, t);
+                        answer(t);
+                        if (wave + t == closing)
+                            close();
+                        add(tile);
+                    }
+                }
             }
         }
         if (w.end_tile * (int64_t)kWideTile < w.end) {

@@ -109,77 +109,70 @@ __device__ __forceinline__ void map_wide_keys(const WideGates &gates, uint32_t k
 // A warp's 16 rows of S_t in bf16 and of z_t: as lane / 4 and 8 further have them, by panel and half of it.
 struct WideTileState {
     uint32_t s[2][2][2][4];
-    float z[2];
+    float z[2], log_decay;
+    bool is_strong;
 };
 
-// S_t and z_t of the tile whose k^ and v lie there, by half of the columns.
-struct WideSums {
-    Accumulator s[2];
-    float z[4];
-};
-
-__device__ __forceinline__ void begin_wide_state(WideSums &sums, uint32_t k, uint32_t v, uint32_t ones, int group) {
-    const uint64_t keys = panel_descriptor(k + group * kWidePanelBytes), values = panel_descriptor(v),
-                   one = column_descriptor(ones);
+// Half the columns of S_t, and z_t with the first half, of the tile whose k^ and v lie there.
+template <int half>
+__device__ __forceinline__ void begin_wide_state(Accumulator &sums, float (&z)[4], uint32_t k, uint32_t v,
+                                                 uint32_t ones, int group) {
+    const uint64_t keys = panel_descriptor(k + group * kWidePanelBytes),
+                   values = panel_descriptor(v + half * kWidePanelBytes), one = column_descriptor(ones);
     group_begin();
 #pragma unroll
     for (int t = 0; t < 8; t++) {
-#pragma unroll
-        for (int p = 0; p < 2; p++)
-            group_product_transposed(sums.s[p], panel_further(keys, t * 2048),
-                                     panel_further(values, p * kWidePanelBytes + t * 2048), t > 0);
-        group_product_transposed(sums.z, panel_further(keys, t * 2048), one, t > 0);
+        group_product_transposed(sums, panel_further(keys, t * 2048), panel_further(values, t * 2048), t > 0);
+        if (half == 0)
+            group_product_transposed(z, panel_further(keys, t * 2048), one, t > 0);
     }
     group_commit();
 }
 
-__device__ __forceinline__ void end_wide_state(WideTileState &out, WideSums &sums, float scale) {
-    group_hold(sums.s[0]);
-    group_hold(sums.s[1]);
-    group_hold(sums.z);
+template <int half>
+__device__ __forceinline__ void end_wide_state(WideTileState &out, Accumulator &sums, float (&z)[4],
+                                               const WideGates &gates) {
+    const float scale = gates.state_scale;
+    group_hold(sums);
 #pragma unroll
-    for (int p = 0; p < 2; p++)
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    out.s[i][p][h][e] =
-                        pack_bf16(sums.s[p][4 * h + e][2 * i] * scale, sums.s[p][4 * h + e][2 * i + 1] * scale);
-    out.z[0] = sums.z[0] * scale, out.z[1] = sums.z[2] * scale;
-#pragma unroll
-    for (int i = 0; i < 32; i++) // while other products run
-        asm volatile("" : "+r"(out.s[i / 16][i / 8 % 2][i / 4 % 2][i % 4]));
-}
-
-// A warp's rows go to the block that has them, those of S_t where the tile has tokens. to_block: what is to be added to
-// an address for the same place there.
-__device__ __forceinline__ void send_wide_state(const WideShared &shared, const WideTileState &x,
-                                                const WideGates &gates, bool is_active, int lane, uint32_t to_block,
-                                                int block) {
-    const int row = lane / 4;
-    const uint32_t inbox = shared_address(shared.inbox[block]) + to_block + wide_inbox_unit(row, lane),
-                   slice = shared_address(&shared.slices[block]) + to_block,
-                   barrier = shared_address(&shared.inbox_full[block]) + to_block;
-    if (is_active) {
+    for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int p = 0; p < 2; p++)
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    send(inbox + i * 2048 + p * 128 + h * 64, x.s[i][p][h][0], x.s[i][p][h][1], x.s[i][p][h][2],
-                         x.s[i][p][h][3], barrier);
-        if (lane % 4 == 0) {
-            send(slice + (int)offsetof(WideSlice, z) + 4 * row, __float_as_uint(x.z[0]), barrier);
-            send(slice + (int)offsetof(WideSlice, z) + 4 * row + 32, __float_as_uint(x.z[1]), barrier);
-        }
+            for (int e = 0; e < 4; e++)
+                out.s[i][half][h][e] = pack_bf16(sums[4 * h + e][2 * i] * scale, sums[4 * h + e][2 * i + 1] * scale);
+    if (half == 0) {
+        group_hold(z);
+        out.z[0] = z[0] * scale, out.z[1] = z[2] * scale;
+        out.log_decay = gates.log_decay[kWideTile - 1];
+        out.is_strong = gates.is_strong;
+    }
+}
+
+// A warp's z_t, where the tile has tokens, and the tile's decay go to the block that has its rows. to_block: what is to
+// be added to an address for the same place there.
+__device__ __forceinline__ void send_wide_mass(const WideShared &shared, const WideTileState &x, bool is_active,
+                                               int lane, uint32_t to_block, int block) {
+    const uint32_t slice = shared_address(&shared.slices[block]) + to_block,
+                   barrier = shared_address(&shared.inbox_full[block]) + to_block;
+    if (is_active && lane % 4 == 0) {
+        send(slice + (int)offsetof(WideSlice, z) + lane, __float_as_uint(x.z[0]), barrier);
+        send(slice + (int)offsetof(WideSlice, z) + lane + 32, __float_as_uint(x.z[1]), barrier);
     }
     if (lane == 0) {
-        const float log_decay = is_active ? gates.log_decay[kWideTile - 1] : 0.0f;
+        const float log_decay = is_active ? x.log_decay : 0.0f;
         send(slice, __float_as_uint(log_decay), __float_as_uint(exp2_fast(log_decay)), 0, 0, barrier);
     }
+}
+
+// An eighth of the warp's rows of S_t.
+__device__ __forceinline__ void send_wide_rows(const WideShared &shared, const WideTileState &x, int part, bool valid,
+                                               int lane, uint32_t to_block, int block) {
+    const int i = part / 4, p = part / 2 % 2, h = part % 2;
+    send_where(valid,
+               shared_address(shared.inbox[block]) + to_block + wide_inbox_unit(lane / 4, lane) + i * 2048 + p * 128 +
+                   h * 64,
+               x.s[i][p][h], shared_address(&shared.inbox_full[block]) + to_block);
 }
 
 // Fragments of the weights of 64 keys, which have their decay: those later than the warp's 16 queries become 0. Queries
@@ -221,6 +214,13 @@ __device__ __forceinline__ uint4 gather_block(uint32_t x0, uint32_t x1, uint32_t
     return high ? make_uint4(c, d, y2, y3) : make_uint4(y0, y1, c, d);
 }
 
+// Without a branch.
+__device__ __forceinline__ void store_where(bool valid, void *to, uint4 x) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"((int)valid)
+                 : "memory");
+}
+
 // Rows row and row + 8 of the tile: y over its mass, as the span has them.
 __device__ __forceinline__ void store_wide_outputs(const DenseArgs &a, const WideTask &task, int head,
                                                    const Accumulator (&y)[2], float mass0, float mass1, int row,
@@ -240,9 +240,7 @@ __device__ __forceinline__ void store_wide_outputs(const DenseArgs &a, const Wid
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     x[e] = pack_bf16(y[p][4 * h + e][2 * i] * scale, y[p][4 * h + e][2 * i + 1] * scale);
-                const uint4 block = gather_block(x[0], x[1], x[2], x[3], lane);
-                if (valid)
-                    __stcs(reinterpret_cast<uint4 *>(to + 64 * p + 32 * h), block);
+                store_where(valid, to + 64 * p + 32 * h, gather_block(x[0], x[1], x[2], x[3], lane));
             }
         to += 8 * a.y_stride;
     }
