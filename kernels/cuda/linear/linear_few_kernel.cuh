@@ -252,16 +252,16 @@ __global__ void __launch_bounds__(kFewThreads, 1) linear_few(const __grid_consta
             init_barrier(x_full + 8 * lane, 1);
             init_barrier(x_empty + 8 * lane, kFewWarps);
         }
-        if (lane == 0) {
+        if (lane == 0)
             init_barrier(all_sums, 1);
-            expect_bytes(all_sums, kTokens * 256);
-        }
         barriers_made();
         if (lane == 0)
             prefetch_map(maps.x);
         else if (lane == 1)
             prefetch_map(maps.y);
         few_meet(a.cluster_size);
+        if (lane == 0)
+            expect_bytes(all_sums, kTokens * 256);
         wait_for_front();
         let_next_begin();
         few_place at;

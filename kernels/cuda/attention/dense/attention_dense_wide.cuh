@@ -35,6 +35,15 @@ __device__ __forceinline__ void workers_sync() {
     asm volatile("bar.sync 3, 256;" ::: "memory");
 }
 
+// By all that have tiles, and by the planner's warp, which may then write the gates of two waves on.
+__device__ __forceinline__ void gates_taken() {
+    asm volatile("bar.arrive 4, 288;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_gates_taken() {
+    asm volatile("bar.sync 4, 288;" ::: "memory");
+}
+
 __device__ __forceinline__ void warpgroup_sync(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 }
@@ -168,8 +177,7 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
         const auto turn = [&] {
             publish_to_wgmma();
             workers_sync();
-            if (thread == 0)
-                arrive(shared_address(&shared.gates_free));
+            gates_taken();
             load_queries(task_of(wave + 1), 0);
             load_keys(task_of(wave + 2), wave + 2);
         };
@@ -362,7 +370,7 @@ __device__ __forceinline__ void run_wide_planner(const DenseArgs &a, WideShared 
     for (int wave = 0; shared.task[wave % kWideTasks].kind != kNoWave; wave++) {
         tell_task();
         take_logits();
-        wait_phase(shared_address(&shared.gates_free), wave & 1);
+        wait_gates_taken();
         tell_gates();
     }
 }
@@ -394,7 +402,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         }
         begin(shared.queries_full, 1);
         begin(shared.state_full, 1);
-        begin(shared.gates_free, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();

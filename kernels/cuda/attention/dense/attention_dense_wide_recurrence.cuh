@@ -55,7 +55,7 @@ struct WideShared {
     WideGates gates[2];
     WideTask task[kWideTasks];
     uint64_t inbox_full[kClusterBlocks]; // by the block that sends, so that early tiles do not wait for late ones
-    uint64_t keys_full[2], gates_full[2], queries_full, state_full, gates_free;
+    uint64_t keys_full[2], gates_full[2], queries_full, state_full;
 };
 
 // Where S_t on its way has a 16-byte unit of row `row`, as the sender's lane holds it: columns 8 j + 2 (lane % 4) +
