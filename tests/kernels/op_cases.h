@@ -21,9 +21,9 @@ int op_cases_run(ts_device *device, ts_dtype activation, FILE *report);
 // slot_dtype.
 int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dtype, int most_tokens, FILE *report);
 
-// A part of the first that ends soon under a tool that slows kernels down a thousand times: no products, whose kernels
-// are mostly another's.
-int op_cases_run_small(ts_device *device, ts_dtype activation, FILE *report);
+// A part of the first that ends soon under a tool that slows kernels down a thousand times: of products, at most those
+// of decode, since the kernels of the others are another's.
+int op_cases_run_small(ts_device *device, ts_dtype activation, bool with_decode_products, FILE *report);
 
 // For the case lists themselves.
 
