@@ -162,6 +162,8 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     const int first = shape::first(), column = shape::column(); // of this thread's rows, which lie kParts apart
     const int index = blockIdx.x / a.cache.n_kv_heads, j = blockIdx.x - index * a.cache.n_kv_heads;
     const int group = a.cache.n_heads / a.cache.n_kv_heads;
+    if (!a.cache_is_settled)
+        ts::wait_for_front();
     const ts_span span = a.spans[index];
     if (span.sequence == TS_PADDING) {
         ts::wait_for_front();
@@ -370,7 +372,7 @@ template <typename A, int D, int R> cudaError_t launch_rows(cudaStream_t stream,
     const unsigned n_blocks = (unsigned)a->pieces.n_spans * (unsigned)a->cache.n_kv_heads;
     (void)cudaFuncSetAttribute(decode_kernel<A, D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     ts::launch_config l(dim3(n_blocks), shape::kThreads, (size_t)bytes, stream);
-    if (a->cache_is_settled && a->capability == 90)
+    if (a->capability == 90)
         l.begin_early();
     return cudaLaunchKernelEx(&l.config, decode_kernel<A, D, R>, *a);
 }
