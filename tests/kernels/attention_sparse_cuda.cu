@@ -207,7 +207,7 @@ std::vector<int64_t> read_pairs(const cache &c, const shape &s, int n_sequences)
 }
 
 // I3: sequences of eight groups of 32 tiles, all of them in one call (640 groups and KV heads), then each in a call of
-// its own (128), select the same tiles and write the same bits.
+// its own (128), for which tile_choose.cu takes larger blocks, select the same tiles and write the same bits.
 int verify_batch(ts_device *device, int d) {
     constexpr int kSequences = 5;
     constexpr int64_t n = 8 * 32 * 64, n_slots = n / 64;

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attention/attention.h"
 #include "kernels/cuda/primitives/activation.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/primitives/warp_matrix.cuh"
 
 #include <cuda_fp8.h>
@@ -11,6 +12,13 @@
 #include <type_traits>
 
 namespace ts {
+
+// A kernel that begins with follow_front, of the batch and what else it takes. An error is left as the last one.
+template <typename... P, typename... More>
+void launch_pass(cudaStream_t stream, const ts_cuda_attention *a, void (*kernel)(P...), dim3 grid, unsigned threads,
+                 size_t shared_bytes, const More &...more) {
+    (void)launch_following(a->capability == 90, kernel, grid, threads, shared_bytes, stream, *a, more...);
+}
 
 // What FP8 tile states are made of.
 struct fp8 {

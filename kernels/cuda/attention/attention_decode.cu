@@ -10,7 +10,6 @@
 // (split_float.cuh). Under BF16 R is 16: less to read for every token, and S^ written that much more often.
 #include "kernels/cuda/attention/attention.cuh"
 #include "kernels/cuda/attention/open_fold.cuh"
-#include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/primitives/warp_matrix.cuh"
 
 namespace {
@@ -200,8 +199,7 @@ __global__ void __launch_bounds__(decode_shape<A, D, R>::kThreads, decode_shape<
     }
     ts::copy_commit();
     const double c_before = tid == 0 && n > 0 ? open_c[n - 1] : 0.0;
-    ts::wait_for_front();
-    ts::let_next_begin();
+    ts::follow_front();
     const A *queries_at = row.q + j * group * D;
     const A first_query = queries_at[min(tid, group * D - 1)];
     A logit;
@@ -371,10 +369,8 @@ template <typename A, int D, int R> cudaError_t launch_rows(cudaStream_t stream,
     static_assert(token <= 163 << 10 && (shape::kFoldBytes <= 163 << 10), "what a block may have on an A100");
     const unsigned n_blocks = (unsigned)a->pieces.n_spans * (unsigned)a->cache.n_kv_heads;
     (void)cudaFuncSetAttribute(decode_kernel<A, D, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    ts::launch_config l(dim3(n_blocks), shape::kThreads, (size_t)bytes, stream);
-    if (a->capability == 90)
-        l.begin_early();
-    return cudaLaunchKernelEx(&l.config, decode_kernel<A, D, R>, *a);
+    return ts::launch_following(a->capability == 90, decode_kernel<A, D, R>, n_blocks, shape::kThreads, (size_t)bytes,
+                                stream, *a);
 }
 
 template <typename A> cudaError_t launch(cudaStream_t stream, const ts_cuda_attention *a) {

@@ -262,8 +262,7 @@ __global__ void __launch_bounds__(kFewThreads, 1) linear_few(const __grid_consta
         few_meet(a.cluster_size);
         if (lane == 0)
             expect_bytes(all_sums, kTokens * 256);
-        wait_for_front();
-        let_next_begin();
+        follow_front();
         few_place at;
         for (int i = 0; i < n_steps; i++, at.next(a.x_stages))
             few_load(x_panels, x_full, x_empty, at, kTokenBytes, maps.x, first_step + i, first_token);

@@ -23,6 +23,12 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
+// Both, once a kernel needs what those in front wrote.
+__device__ __forceinline__ void follow_front() {
+    wait_for_front();
+    let_next_begin();
+}
+
 // A launch with up to two attributes.
 struct launch_config {
     cudaLaunchAttribute attributes[2];
@@ -48,6 +54,16 @@ struct launch_config {
         a.val.clusterDim.y = a.val.clusterDim.z = 1;
     }
 };
+
+// Launches a kernel that waits for the one in front; early: on sm_90. An error is the last error, too.
+template <typename... P, typename... A>
+cudaError_t launch_following(bool early, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes,
+                             cudaStream_t stream, const A &...args) {
+    launch_config l(grid, threads, shared_bytes, stream);
+    if (early)
+        l.begin_early();
+    return cudaLaunchKernelEx(&l.config, kernel, args...);
+}
 
 } // namespace ts
 #endif

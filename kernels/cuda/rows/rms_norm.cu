@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(kThreads)
         if (i < n)
             w[item] = ts::load4(weight + i);
     }
-    ts::wait_for_front();
-    ts::let_next_begin();
+    ts::follow_front();
 #pragma unroll
     for (int item = 0; item < kMaxItems; item++) {
         const int i = 4 * ((int)threadIdx.x + item * kThreads);
@@ -76,11 +75,8 @@ __global__ void norm_any(float *x, int64_t x_stride, const R *residual, int64_t 
 template <typename R, typename H, int kThreads>
 cudaError_t launch_vectors(unsigned rows, const ts_cuda_device *device, float *x, int64_t x_stride, const R *residual,
                            int64_t residual_stride, const float *weight, int n, double eps, H *h, int64_t h_stride) {
-    ts::launch_config l(dim3(rows), kThreads, 0, device->stream);
-    if (device->dense_plan.capability == 90)
-        l.begin_early();
-    return cudaLaunchKernelEx(&l.config, norm_vectors<R, H, kThreads>, x, x_stride, residual, residual_stride, weight,
-                              n, eps, h, h_stride);
+    return ts::launch_following(device->dense_plan.capability == 90, norm_vectors<R, H, kThreads>, rows, kThreads, 0,
+                                device->stream, x, x_stride, residual, residual_stride, weight, n, eps, h, h_stride);
 }
 
 template <typename R, typename H> cudaError_t launch(const ts_rms_norm_args *args, const ts_cuda_device *device) {

@@ -82,47 +82,52 @@ done:
     return status;
 }
 
+constexpr int kClearThreads = 256, kClearedBytes = 16 * kClearThreads; // of a block
+
+// What pieces of a span hand on begins with no piece's number. n_bytes: a multiple of 16.
+__global__ void __launch_bounds__(kClearThreads) clear_carries(unsigned char *carry, size_t n_bytes) {
+    follow_front();
+    const size_t at = ((size_t)blockIdx.x * kClearThreads + threadIdx.x) * 16;
+    if (at < n_bytes)
+        *(uint4 *)(carry + at) = make_uint4(0, 0, 0, 0);
+}
+
 // A kernel in clusters of kClusterBlocks blocks.
-template <typename Kernel> struct ClusterLaunch {
+template <typename Kernel> struct ClusterLaunch : launch_config {
     Kernel *kernel;
     size_t n_shared;
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config;
 
-    // Returns what the driver says of the shared memory.
-    cudaError_t set(Kernel *what, int n_threads, size_t shared, int n_clusters, cudaStream_t stream) {
-        kernel = what;
-        n_shared = shared;
-        attribute = {};
-        config = {};
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = kClusterBlocks;
-        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        config.gridDim = dim3(n_clusters * kClusterBlocks);
-        config.blockDim = dim3(n_threads);
-        config.dynamicSmemBytes = shared;
-        config.stream = stream;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
-        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    ClusterLaunch(Kernel *kernel, unsigned n_threads, size_t n_shared, int n_clusters, cudaStream_t stream)
+        : launch_config(dim3((unsigned)(n_clusters * kClusterBlocks)), n_threads, n_shared, stream), kernel(kernel),
+          n_shared(n_shared) {
+        in_clusters(kClusterBlocks);
+    }
+    cudaError_t set_shared() const {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_shared);
+    }
+    template <typename... Args> cudaError_t begin(const Args &...args) {
+        const cudaError_t error = set_shared();
+        begin_early();
+        return error != cudaSuccess ? error : cudaLaunchKernelEx(&config, kernel, args...);
     }
 };
 
-using TileLaunch = ClusterLaunch<decltype(dense_attention_cluster)>;
-using WideLaunch = ClusterLaunch<decltype(dense_attention_wide)>;
+struct TileLaunch : ClusterLaunch<decltype(dense_attention_cluster)> {
+    TileLaunch(int n_clusters, cudaStream_t stream)
+        : ClusterLaunch(dense_attention_cluster, kClusterThreads, sizeof(ClusterShared), n_clusters, stream) {
+    }
+};
 
-static cudaError_t set_launch(TileLaunch *launch, int n_clusters, cudaStream_t stream) {
-    return launch->set(dense_attention_cluster, kClusterThreads, sizeof(ClusterShared), n_clusters, stream);
-}
-
-static cudaError_t set_launch(WideLaunch *launch, int n_clusters, cudaStream_t stream) {
-    return launch->set(dense_attention_wide, kWideThreads, sizeof(WideShared), n_clusters, stream);
-}
+struct WideLaunch : ClusterLaunch<decltype(dense_attention_wide)> {
+    WideLaunch(int n_clusters, cudaStream_t stream)
+        : ClusterLaunch(dense_attention_wide, kWideThreads, sizeof(WideShared), n_clusters, stream) {
+    }
+};
 
 // Clusters that run at a time.
 template <typename Launch> static cudaError_t count_clusters(int *n_clusters) {
-    Launch launch;
-    cudaError_t error = set_launch(&launch, 1, nullptr);
+    const Launch launch(1, nullptr);
+    cudaError_t error = launch.set_shared();
     if (error == cudaSuccess)
         error = cudaOccupancyMaxActiveClusters(n_clusters, launch.kernel, &launch.config);
     return error;
@@ -172,8 +177,9 @@ static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, cons
     a.n_items = l.n_items;
     a.carry = (unsigned char *)workspace;
     a.carry_rows = l.carry_rows;
-    if (l.n_bytes > 0)
-        error = cudaMemsetAsync(workspace, 0, l.n_bytes, stream);
+    if (l.n_bytes > 0) // a kernel, since behind a memset none begins early
+        error = launch_following(true, clear_carries, dim3((unsigned)(l.n_bytes / kClearedBytes + 1)), kClearThreads, 0,
+                                 stream, a.carry, l.n_bytes);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: its workspace could not be cleared: %s",
              cudaGetErrorString(error));
     TS_CHECK(
@@ -182,17 +188,8 @@ static ts_status launch_cluster(DenseArgs a, const ts_attention_args *args, cons
             (d != 64 || tensor_map_create(&maps.y, plan->tensor_map_encode, a.y, rows, a.n_heads * 64, a.y_stride, 16)),
         TS_ERR_DEVICE, "attention: the driver takes no map of %lld rows of %lld and %lld elements", (long long)rows,
         (long long)a.stride, (long long)a.y_stride);
-    if (d == 64) {
-        TileLaunch launch;
-        error = set_launch(&launch, min(plan->n_clusters, a.n_items), stream);
-        if (error == cudaSuccess)
-            error = cudaLaunchKernelEx(&launch.config, launch.kernel, a, maps);
-    } else {
-        WideLaunch launch;
-        error = set_launch(&launch, min(plan->n_wide_clusters, a.n_items), stream);
-        if (error == cudaSuccess)
-            error = cudaLaunchKernelEx(&launch.config, launch.kernel, a, maps.qkv);
-    }
+    error = d == 64 ? TileLaunch(min(plan->n_clusters, a.n_items), stream).begin(a, maps)
+                    : WideLaunch(min(plan->n_wide_clusters, a.n_items), stream).begin(a, maps.qkv);
     TS_CHECK(error == cudaSuccess, TS_ERR_DEVICE, "attention: the dense kernel could not be started: %s",
              cudaGetErrorString(error));
 done:
@@ -310,12 +307,11 @@ extern "C" ts_status ts_cuda_attention_dense(const ts_attention_args *args, cons
         auto *launch = d == 64 ? launch_both<64> : launch_both<128>;
         TS_TRY(launch(a, l, on));
     }
-    if (d == 64)
-        end_spans<64, kChunk><<<heads, 128, 0, on>>>(a, cache->tile_size, args->decay_temperature);
-    else if (in_clusters)
-        end_spans<128, kWideTile><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
-    else
-        end_spans<128, kChunk><<<heads, 256, 0, on>>>(a, cache->tile_size, args->decay_temperature);
+    (void)launch_following(in_clusters,
+                           d == 64       ? end_spans<64, kChunk>
+                           : in_clusters ? end_spans<128, kWideTile>
+                                         : end_spans<128, kChunk>,
+                           heads, 2 * (unsigned)d, 0, on, a, cache->tile_size, args->decay_temperature);
     TS_TRY(launch_status("the store of what spans leave"));
 done:
     return status;

@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
+    follow_front();
     if (group < kWorkers) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 136;");
         run_worker(a, maps, shared, group, block);

@@ -39,14 +39,18 @@ __global__ void __launch_bounds__(2 * D) end_spans(const DenseArgs a, int tile_s
     else if (tid < n)
         c_of[tid] = open_c[tid];
     __syncthreads();
+    double all_folded = 0; // log of the decay
     if (tid == 0) {
-        double c = 0, folded = 0;
+        double c = 0;
         for (int m = 0; m < n; m++) {
             c = m % kOpenRows == 0 ? 0 : c;
             c = c_of[m] = m < n_open ? c_of[m] : c + c_of[m];
-            folded += m % kOpenRows == kOpenRows - 1 ? c : 0;
+            all_folded += m % kOpenRows == kOpenRows - 1 ? c : 0;
         }
-        a.decay_end[head] += folded;
+    }
+    follow_front(); // what is above, the kernel in front does not write
+    if (tid == 0) {
+        a.decay_end[head] += all_folded;
         // Every earlier tile is available to the tile after each that completes, and selected.
         const int64_t first_tile = span.position / tile_size;
         const int64_t n_done = (span.position + span.n_tokens) / tile_size - first_tile;

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attention/dense/attention_dense_gates.cuh"
 #include "kernels/cuda/primitives/cluster.cuh"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
 
 namespace ts {
 

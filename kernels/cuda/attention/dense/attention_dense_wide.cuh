@@ -405,6 +405,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
+    follow_front();
     if (group < 2) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
         run_wide_worker(a, qkv, shared, block);

@@ -265,6 +265,7 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) char memory[];
     group_shared &s = *(group_shared *)memory;
@@ -282,19 +283,12 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
 }
 
 template <typename S> ts_status launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute cluster = {};
-    config.gridDim = dim3(kBlocks, (unsigned)a->cache.n_kv_heads, (unsigned)a->n_wave_groups);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = sizeof(group_shared);
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = kBlocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    ts::launch_config l(dim3(kBlocks, (unsigned)a->cache.n_kv_heads, (unsigned)a->n_wave_groups), kThreads,
+                        sizeof(group_shared), stream);
+    l.begin_early();
+    l.in_clusters(kBlocks);
     (void)cudaFuncSetAttribute(groups_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(group_shared));
-    return ts_cuda_status(cudaLaunchKernelEx(&config, groups_kernel<S>, *a), "attention: outputs by groups");
+    return ts_cuda_status(cudaLaunchKernelEx(&l.config, groups_kernel<S>, *a), "attention: outputs by groups");
 }
 
 } // namespace

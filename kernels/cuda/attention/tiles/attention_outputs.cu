@@ -18,6 +18,7 @@ template <int D> constexpr int shared_bytes() {
 template <typename A, int D>
 __global__ void __launch_bounds__(kThreads)
     outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
+    ts::follow_front();
     extern __shared__ float4 stage[];
     constexpr int L = D + kPad, P = kRows + kPad, C = D / 16; // C: output columns of a thread
     float *queries = (float *)stage, *staged = queries + kRows * L, *weights = staged + kRows * L;
@@ -169,6 +170,7 @@ template <int D> constexpr int matrix_shared_bytes() {
 template <int D>
 __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
     matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
+    ts::follow_front();
     extern __shared__ float4 stage[];
     constexpr int kMatrixThreads = kMatrixThreadsOf<D>, L = D + 8, kSteps = D / 16, kColumns = 64;
     constexpr int kVectors = D / 8, kVectorRows = kMatrixThreads / kVectors, kItems = kRows / kVectorRows;
@@ -348,7 +350,7 @@ template <int D> void launch_f32(cudaStream_t stream, const ts_cuda_attention *a
     const dim3 grid((unsigned)n, (unsigned)a->cache.n_kv_heads);
     (void)cudaFuncSetAttribute(outputs_kernel<float, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared_bytes<D>());
-    outputs_kernel<float, D><<<grid, kThreads, shared_bytes<D>(), stream>>>(*a, only_first);
+    ts::launch_pass(stream, a, outputs_kernel<float, D>, grid, kThreads, shared_bytes<D>(), only_first);
 }
 
 template <int D> void launch_bf16(cudaStream_t stream, const ts_cuda_attention *a, bool only_first) {
@@ -356,7 +358,8 @@ template <int D> void launch_bf16(cudaStream_t stream, const ts_cuda_attention *
     const dim3 grid((unsigned)n, (unsigned)a->cache.n_kv_heads);
     (void)cudaFuncSetAttribute(matrix_outputs_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                matrix_shared_bytes<D>());
-    matrix_outputs_kernel<D><<<grid, kMatrixThreadsOf<D>, matrix_shared_bytes<D>(), stream>>>(*a, only_first);
+    ts::launch_pass(stream, a, matrix_outputs_kernel<D>, grid, kMatrixThreadsOf<D>, matrix_shared_bytes<D>(),
+                    only_first);
 }
 
 } // namespace

@@ -174,6 +174,7 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
 
 template <typename A, typename S, int D>
 __global__ void __launch_bounds__(kThreads, D == 64 ? 4 : 2) tiles_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     extern __shared__ float4 stage[];
     constexpr bool kMatrix = std::is_same<A, ts::bf16>::value;
     __shared__ float reach_of[kMaxTile];
@@ -280,7 +281,8 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
     const int of_keys = ts::kStateStage<A, D>, of_state = D * kStatePitch<W, D> * (int)sizeof(W);
     const int bytes = of_keys + 2 * kWarps * D * (int)sizeof(float) + of_state;
     (void)cudaFuncSetAttribute(tiles_kernel<A, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    tiles_kernel<A, S, D><<<(unsigned)(a->pieces.n_pieces * a->cache.n_kv_heads), kThreads, bytes, stream>>>(*a);
+    ts::launch_pass(stream, a, tiles_kernel<A, S, D>, (unsigned)(a->pieces.n_pieces * a->cache.n_kv_heads), kThreads,
+                    bytes);
 }
 
 } // namespace

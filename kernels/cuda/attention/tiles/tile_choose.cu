@@ -12,19 +12,28 @@
 
 namespace {
 
-// One size of blocks for every call: the order in which scores are summed must not depend on the batch (I3).
-constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
 constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
-constexpr int kAtOnce = kThreads / kShares;            // candidates
 constexpr int kNewest = 4;                             // ranges scored first
 constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
 template <int D> constexpr int kQueryPitch = D + 8;
 
-template <int D>
-constexpr int
-    kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) + kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16);
+// Which block size a call gets depends on the batch, but no bit of a selection may (I3). So every size looks at kFewest
+// ranges at a time and adds up as the smallest block does, whose threads each add their candidates one after the other:
+// in a larger block the first kFewest threads add what the others hand them, in that order.
+constexpr int kFewest = 256;
+
+// Of a block of kThreads.
+template <int kThreads_> struct block_shape {
+    static constexpr int kThreads = kThreads_, kWarps = kThreads / 32, kAtOnce = kThreads / kShares; // candidates
+    static constexpr int kHanded = (kThreads - kFewest) * kEvents; // terms handed over at a time
+    static_assert(kThreads == kFewest || kThreads == 2 * kFewest, "one thread hands its terms to another, or none");
+    template <int D>
+    static constexpr int
+        kSharedBytes = kAtOnce *kScorePitch *(int)sizeof(float) +
+                       kParts *kGroup *kQueryPitch<D> *(int)sizeof(ts::bf16) + kHanded *(int)sizeof(double);
+};
 
 struct event_group {
     int span, n_events, n_held;
@@ -103,10 +112,10 @@ __device__ __forceinline__ double about_log(double x) {
 
 // scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
 // half of the events. Rows without a tile are of whatever lies at `any`.
-template <int D>
+template <int D, typename Shape>
 __device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
                                             float *scores) {
-    constexpr int kRowBlocks = kAtOnce / 16;
+    constexpr int kWarps = Shape::kWarps, kRowBlocks = Shape::kAtOnce / 16;
     constexpr int kAhead = 2; // steps whose loads are under way together
     static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
@@ -158,18 +167,21 @@ __device__ __forceinline__ void score_tiles(const float *const *mass_of, const f
 
 // Neighbouring threads have one candidate and a share of the events each: kAtOnce candidates at a time. Pass 1 keeps
 // the dots in the list; pass 2 decides and writes the list over what it has read.
-template <int D>
-__global__ void __launch_bounds__(kThreads, 2)
+template <int D, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     choose_kernel(const __grid_constant__ ts_cuda_attention a, bool as_bf16) {
+    ts::follow_front();
+    constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps, kAtOnce = Shape::kAtOnce;
     extern __shared__ float4 memory[];
     float *const scores = (float *)memory;
     ts::bf16 *const queries =
         (ts::bf16 *)(scores + kAtOnce * kScorePitch); // [kParts, kGroup, kQueryPitch] mean queries
+    double *const handed = (double *)(queries + kParts * kGroup * kQueryPitch<D>); // [kEvents, kThreads - kFewest]
     __shared__ double ends[kGroup], sums[kWarps][kGroup], thresholds[kGroup];
     __shared__ double lowest[2];         // keys below which no event selects a tile, and below which tiles do not count
     __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
     __shared__ int counts[kWarps];
-    __shared__ int64_t ranges[kThreads], sums_only[kThreads]; // of slots, or ~range of events
+    __shared__ int64_t ranges[kFewest], sums_only[kFewest]; // of slots, or ~range of events
     __shared__ const float *mass_of[kAtOnce];
     const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int share = tid % kShares, g0 = share * kEvents, place = tid / kShares;
@@ -223,12 +235,36 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (share == 0)
             mass_of[place] = mass;
         __syncthreads();
-        score_tiles<D>(mass_of, a.tile_masses, queries, scores);
+        score_tiles<D, Shape>(mass_of, a.tile_masses, queries, scores);
         __syncthreads();
         const float4 x = ts::load4(scores + place * kScorePitch + g0),
                      y = ts::load4(scores + place * kScorePitch + g0 + 4);
         dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
         dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
+    };
+    // Adds this thread's terms, those of the events in `which`, to the totals. `handed` is read before dots_with's
+    // second wait.
+    const auto add = [&](unsigned which, double end, const float(&dots)[kEvents]) {
+        const auto term = [&](int g) { return (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g]; };
+        if constexpr (kThreads == kFewest) {
+#pragma unroll
+            for (int g = 0; g < kEvents; g++)
+                if (which >> g & 1u)
+                    totals[g] += term(g);
+        } else {
+            if (tid >= kFewest)
+#pragma unroll
+                for (int g = 0; g < kEvents; g++)
+                    handed[g * kFewest + tid - kFewest] = which >> g & 1u ? term(g) : 0.0;
+            __syncthreads();
+            if (tid < kFewest)
+#pragma unroll
+                for (int g = 0; g < kEvents; g++) {
+                    if (which >> g & 1u)
+                        totals[g] += term(g);
+                    totals[g] += handed[g * kFewest + tid];
+                }
+        }
     };
     const auto score = [&](int n_ranges) {
         for (int r0 = 0; r0 < n_ranges; r0 += kAtOnce / kRange) {
@@ -246,10 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
                                 : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
                       dots);
-#pragma unroll
-            for (int g = 0; g < kEvents; g++)
-                if (c.held >> g & 1u)
-                    totals[g] += (double)ts::reach_of(ends[g0 + g] - c.end) * (double)dots[g];
+            add(c.held, c.end, dots);
             if (!there)
                 continue;
             if (share == 0)
@@ -293,12 +326,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int n_newest = (int)min((int64_t)kNewest, own + 1);
     const int64_t first_recent = group.first_tile + group.first + 1 - rules.recent_tiles; // tile, at the first event
     const int64_t n_others = n_held_ranges + own + 1 - n_newest;
-    for (int64_t i0 = -kThreads; i0 < n_others; i0 += kThreads) {
+    for (int64_t i0 = -kFewest; i0 < n_others; i0 += kFewest) {
         const bool are_newest = i0 < 0;
         const int64_t i = i0 + tid;
         bool needed = are_newest && tid < n_newest, counts_whole = false;
         int64_t range = ~(own - tid);
-        if (!are_newest && i < n_others) {
+        if (!are_newest && tid < kFewest && i < n_others) {
             const double lowest_selected = lowest[0], lowest_counted = lowest[1];
             const bool is_held = i < n_held_ranges;
             range = is_held ? i : ~(i - n_held_ranges);
@@ -328,10 +361,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
                                    : a.tile_range_masses + (tiles_at + ~whole) * D,
                       dots);
-#pragma unroll
-            for (int g = 0; g < kEvents; g++)
-                if (there && g < n_events)
-                    totals[g] += (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g];
+            add(there ? (1u << n_events) - 1 : 0, end, dots);
         }
         if (!are_newest)
             continue;
@@ -415,11 +445,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
+template <int D, int kThreads> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
+    using Shape = block_shape<kThreads>;
+    constexpr int kBytes = Shape::template kSharedBytes<D>;
+    (void)cudaFuncSetAttribute(choose_kernel<D, Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    ts::launch_pass(stream, a, choose_kernel<D, Shape>, dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads),
+                    kThreads, kBytes, ts_cuda_attention_sums_bf16(a));
+}
+
+// Small blocks wait less for each other; where groups are few, large ones end sooner.
 template <int D> void launch(cudaStream_t stream, const ts_cuda_attention *a) {
-    (void)cudaFuncSetAttribute(choose_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
-    choose_kernel<D>
-        <<<dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads), kThreads, kSharedBytes<D>, stream>>>(
-            *a, ts_cuda_attention_sums_bf16(a));
+    constexpr int64_t kMany = 512; // blocks that the device has room for, about
+    if (a->n_wave_groups * a->cache.n_kv_heads >= kMany)
+        launch<D, 256>(stream, a);
+    else
+        launch<D, 512>(stream, a);
 }
 
 } // namespace

@@ -26,6 +26,7 @@ __device__ bool may_compete(const ts_cuda_attention &a, int32_t sequence, int64_
 
 // E and keys, one block a span and KV head.
 __global__ void __launch_bounds__(kWide) ends_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     constexpr int kAhead = 16; // sums that one thread reads and writes together
     __shared__ double decays[kWide];
     const int s = blockIdx.x, j = blockIdx.y, tid = threadIdx.x;
@@ -145,6 +146,7 @@ __device__ int32_t death_of(const ts_cuda_attention &a, int s, int j, int32_t se
 }
 
 __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     const int s = blockIdx.y, j = blockIdx.z;
     const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
     if (n == 0)
@@ -173,6 +175,7 @@ __global__ void deaths_kernel(const __grid_constant__ ts_cuda_attention a) {
 // first_death leave out tiles that no event counts that may ask: those gone when the batch begins, and of the batch's
 // own tiles those gone two ranges later (which pruning removes).
 template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     static_assert(TS_CUDA_GROUP == 32, "a lane for each tile of a range");
     constexpr int kElements = D / 32;
     const int s = blockIdx.y, j = blockIdx.z, lane = threadIdx.x % 32, n_kv = a.cache.n_kv_heads;
@@ -259,6 +262,7 @@ template <int D> __global__ void ranges_kernel(const __grid_constant__ ts_cuda_a
 // than before, so no hole remains. Where no budget is kept, this comes before all else and says when tiles stop being
 // held, too; and tiles with new slots are made there. A slot that a tile leaves is still read until then.
 __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     __shared__ int counts[kWide / 32];
     const int s = blockIdx.x, j = blockIdx.y;
     const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
@@ -301,6 +305,7 @@ __global__ void __launch_bounds__(kWide) slots_kernel(const __grid_constant__ ts
 }
 
 template <typename S, int D> __global__ void store_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     const int64_t closed = blockIdx.x, at = blockIdx.y * a.pieces.n_closed + closed;
     const int j = blockIdx.y, slot = a.tile_slots[at];
     const ts_cuda_piece piece = a.pieces.at[a.pieces.closed_pieces[closed]];
@@ -325,6 +330,7 @@ template <typename S, int D> __global__ void store_kernel(const __grid_constant_
 
 // What the span leaves behind it.
 template <typename A, int D> __global__ void leave_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     const int s = blockIdx.x, j = blockIdx.y, tid = threadIdx.x, n_kv = a.cache.n_kv_heads;
     const int64_t closed_end = a.pieces.closed_begin[s + 1];
     if (a.pieces.begin[s] == a.pieces.begin[s + 1])
@@ -367,8 +373,8 @@ template <typename A, int D> __global__ void leave_kernel(const __grid_constant_
 template <typename A, typename S, int D> void launch_store(cudaStream_t stream, const ts_cuda_attention *a) {
     const unsigned n_kv = (unsigned)a->cache.n_kv_heads, n_spans = (unsigned)a->pieces.n_spans;
     if (a->cache.is_sparse && a->pieces.n_closed > 0 && !a->all_in_slots)
-        store_kernel<S, D><<<dim3((unsigned)a->pieces.n_closed, n_kv), kThreads, 0, stream>>>(*a);
-    leave_kernel<A, D><<<dim3(n_spans, n_kv), kThreads, 0, stream>>>(*a);
+        ts::launch_pass(stream, a, store_kernel<S, D>, dim3((unsigned)a->pieces.n_closed, n_kv), kThreads, 0);
+    ts::launch_pass(stream, a, leave_kernel<A, D>, dim3(n_spans, n_kv), kThreads, 0);
 }
 
 } // namespace
@@ -376,7 +382,8 @@ template <typename A, typename S, int D> void launch_store(cudaStream_t stream, 
 ts_status ts_cuda_tile_place(cudaStream_t stream, const ts_cuda_attention *a) {
     if (a->pieces.n_closed == 0 || !a->tile_places)
         return TS_OK;
-    slots_kernel<<<dim3((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads), kWide, 0, stream>>>(*a);
+    ts::launch_pass(stream, a, slots_kernel, dim3((unsigned)a->pieces.n_spans, (unsigned)a->cache.n_kv_heads), kWide,
+                    0);
     return ts_cuda_status(cudaGetLastError(), "attention: slots of tiles");
 }
 
@@ -384,23 +391,24 @@ ts_status ts_cuda_tile_rules(cudaStream_t stream, const ts_cuda_attention *a) {
     const unsigned n_kv = (unsigned)a->cache.n_kv_heads, n_spans = (unsigned)a->pieces.n_spans;
     if (a->pieces.n_closed == 0)
         return TS_OK;
-    ends_kernel<<<dim3(n_spans, n_kv), kWide, 0, stream>>>(*a);
+    ts::launch_pass(stream, a, ends_kernel, dim3(n_spans, n_kv), kWide, 0);
     if (a->cache.is_sparse) {
         // Blocks for the largest span, but in a batch of many spans not for each as many.
         const int64_t most = (a->most_held + a->most_events + kWarps - 1) / kWarps;
         const int64_t share = kManyBlocks / ((int64_t)n_spans * n_kv) + 1;
         if (a->cache.sparsity.cache_tiles > 0) {
-            deaths_kernel<<<dim3((unsigned)(most < share ? most : share), n_spans, n_kv), kThreads, 0, stream>>>(*a);
-            slots_kernel<<<dim3(n_spans, n_kv), kWide, 0, stream>>>(*a);
+            ts::launch_pass(stream, a, deaths_kernel, dim3((unsigned)(most < share ? most : share), n_spans, n_kv),
+                            kThreads, 0);
+            ts::launch_pass(stream, a, slots_kernel, dim3(n_spans, n_kv), kWide, 0);
         }
         const int64_t n_ranges =
             (a->most_held + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP + (a->most_events + TS_CUDA_GROUP - 1) / TS_CUDA_GROUP;
         const int64_t n_blocks = (n_ranges + kWarps - 1) / kWarps;
         const dim3 grid((unsigned)(n_blocks < share ? n_blocks : share), n_spans, n_kv);
         if (a->cache.head_dim == 64)
-            ranges_kernel<64><<<grid, kThreads, 0, stream>>>(*a);
+            ts::launch_pass(stream, a, ranges_kernel<64>, grid, kThreads, 0);
         else
-            ranges_kernel<128><<<grid, kThreads, 0, stream>>>(*a);
+            ts::launch_pass(stream, a, ranges_kernel<128>, grid, kThreads, 0);
     }
     return ts_cuda_status(cudaGetLastError(), "attention: rules of tiles");
 }

@@ -32,6 +32,7 @@ __device__ __forceinline__ void fetch8(ts::bf16 *to, const void *states, const f
 
 template <typename A, typename S, int D>
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     constexpr int kChunk = 64; // list entries staged at a time
     __shared__ float weights[kChunk][kHalf];
     __shared__ int64_t places[kChunk];
@@ -94,6 +95,7 @@ constexpr int kMatrixBytes =
 
 template <typename S, int D>
 __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     extern __shared__ uint4 shared[];
     ts::bf16 *states = (ts::bf16 *)shared, *weights = states + kStages * kTiles * kWidePitch;
     int64_t *places = (int64_t *)(weights + kListed * kWeightPitch);
@@ -200,6 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) matrix_sum_kernel(const __grid_co
 
 // Dense form of F32; that of BF16 has a kernel of its own (attention_dense.h).
 template <int D> __global__ void __launch_bounds__(kThreads) recur_kernel(const __grid_constant__ ts_cuda_attention a) {
+    ts::follow_front();
     const int j = blockIdx.y, s = blockIdx.z, n_kv = a.cache.n_kv_heads, i = 4 * (blockIdx.x * kThreads + threadIdx.x);
     const int64_t begin = a.pieces.closed_begin[s], end = a.pieces.closed_begin[s + 1];
     if (begin == end)
@@ -241,12 +244,15 @@ template <typename A, typename S, int D> void launch(cudaStream_t stream, const 
         if constexpr (std::is_same<A, ts::bf16>::value && !std::is_same<S, float>::value) { // as sums_bf16 says
             (void)cudaFuncSetAttribute(matrix_sum_kernel<S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        kMatrixBytes);
-            matrix_sum_kernel<S, D><<<dim3(D * D / kWide, n_groups, n_kv), kThreads, kMatrixBytes, stream>>>(*a);
+            ts::launch_pass(stream, a, matrix_sum_kernel<S, D>, dim3(D * D / kWide, n_groups, n_kv), kThreads,
+                            kMatrixBytes);
         } else {
-            sum_kernel<A, S, D><<<dim3(2 * D * D / (4 * kThreads), n_groups, n_kv), kThreads, 0, stream>>>(*a);
+            ts::launch_pass(stream, a, sum_kernel<A, S, D>, dim3(2 * D * D / (4 * kThreads), n_groups, n_kv), kThreads,
+                            0);
         }
     } else if constexpr (std::is_same<A, float>::value) {
-        recur_kernel<D><<<dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans), kThreads, 0, stream>>>(*a);
+        ts::launch_pass(stream, a, recur_kernel<D>, dim3(D * D / (4 * kThreads), n_kv, (unsigned)a->pieces.n_spans),
+                        kThreads, 0);
     }
 }
 
