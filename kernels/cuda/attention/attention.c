@@ -61,6 +61,7 @@ static size_t place(ts_cuda_attention *a, char *memory) {
     a->held_range_masses = carve(&at, n_held_ranges * d * sizeof *a->held_range_masses);
     a->tile_range_masses = carve(&at, n_groups * d * sizeof *a->tile_range_masses);
     a->lists = carve(&at, n_groups * sizeof *a->lists);
+    a->listed = carve(&at, n_groups * sizeof *a->listed);
     a->list_at = carve(&at, a->n_listed * sizeof *a->list_at);
     a->list_weights = carve(&at, a->n_listed * TS_CUDA_GROUP * sizeof *a->list_weights);
     return (size_t)(at - memory);
@@ -129,7 +130,8 @@ static ts_status prepare(ts_device *device, const ts_batch *batch, ts_cuda_atten
     const size_t pieces_bytes = ts_cuda_pieces_bytes(&a->pieces);
     TS_TRY(ts_cuda_device_scratch(device, pieces_bytes + place(a, NULL), &scratch));
     place(a, (char *)scratch + pieces_bytes);
-    TS_TRY(ts_cuda_pieces_make(ts_cuda_device_of(device)->stream, batch, (int32_t)T, scratch, &a->pieces));
+    TS_TRY(ts_cuda_pieces_make(ts_cuda_device_of(device)->stream, a->capability == 90, batch, (int32_t)T, scratch,
+                               &a->pieces));
 done:
     return status;
 }
@@ -156,11 +158,11 @@ static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda
     TS_TRY(ts_cuda_attention_tiles(stream, a));
     TS_TRY(ts_cuda_tile_rules(stream, a));
     in_groups = ts_cuda_attention_groups_apply(a);
-    if (in_groups) // before S^ of the cache is that of the last tile
-        TS_TRY(ts_cuda_attention_outputs(stream, a, true));
     a->first_group = a->n_wave_groups = 0;
     while (a->cache.is_sparse && next_wave(batch, &next, a)) {
         TS_TRY(ts_cuda_tile_choose(stream, a));
+        if (in_groups && a->first_group == 0) // beside choose
+            TS_TRY(ts_cuda_attention_outputs(stream, a, true));
         if (in_groups)
             TS_TRY(ts_cuda_attention_groups(stream, a));
         else
@@ -168,7 +170,7 @@ static ts_status prefill_tiles(ts_device *device, const ts_batch *batch, ts_cuda
     }
     if (!a->cache.is_sparse)
         TS_TRY(ts_cuda_tile_sum(stream, a));
-    if (!in_groups)
+    if (!in_groups || a->pieces.n_groups == 0) // without groups all pieces begin their spans
         TS_TRY(ts_cuda_attention_outputs(stream, a, false));
     TS_TRY(ts_cuda_tile_store(stream, a));
 done:

@@ -68,6 +68,7 @@ typedef struct ts_cuda_attention {
     float *list_weights; // [n_wave_groups, KV, list_stride, TS_CUDA_GROUP] e^{E - E_t} where an event selects, else 0;
                          // BF16 in the first half of each tile's bytes, where it is to multiply states of at most that
     ts_cuda_list *lists; // [n_wave_groups, KV]
+    uint32_t *listed;    // [n_groups, KV], of all waves: 1 where the list is there
     int64_t first_group, n_wave_groups, list_stride;
     size_t n_listed;     // entries of the lists of the largest wave
     int64_t most_held;   // tiles of any span before the batch

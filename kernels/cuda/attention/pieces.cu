@@ -1,8 +1,12 @@
 #include "kernels/cuda/attention/pieces.h"
+#include "kernels/cuda/primitives/dependent_launch.cuh"
+
+#include <algorithm>
 
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kMostBlocks = 64;
 
 __host__ __device__ int64_t pieces_of(const ts_span &span, int64_t T) {
     return (span.position + span.n_tokens + T - 1) / T - span.position / T;
@@ -18,6 +22,10 @@ __host__ __device__ int64_t groups_of(int64_t n_closed) {
 
 __host__ __device__ int64_t held_of(const ts_span &span, int64_t T, int64_t most_slots) {
     return span.position / T < most_slots ? span.position / T : most_slots;
+}
+
+__host__ __device__ bool has_few_spans(const ts_cuda_pieces &pieces) {
+    return pieces.n_spans < kThreads / 32;
 }
 
 // Sum over the block's threads up to and without this one, and over all.
@@ -42,7 +50,9 @@ __device__ int64_t scan_block(int64_t x, int64_t *totals, int64_t *sum) {
     return before + inclusive - x;
 }
 
+// Every block finds where spans begin, and writes that like all others; the pieces are shared out.
 __global__ void pieces_kernel(const ts_span *spans, int T, ts_cuda_pieces out) {
+    ts::follow_front();
     __shared__ int64_t totals[kThreads / 32];
     int64_t pieces = 0, closed = 0, groups = 0, held = 0;
     for (int32_t s0 = 0; s0 <= out.n_spans; s0 += kThreads) { // one more than there are: the ends
@@ -66,14 +76,14 @@ __global__ void pieces_kernel(const ts_span *spans, int T, ts_cuda_pieces out) {
         held += sums[3];
     }
     __syncthreads();
-    // Few spans: all threads over the pieces of each in turn. Many: a warp a span.
-    const bool few = out.n_spans < kThreads / 32;
-    const int together = few ? kThreads : 32;
-    for (int32_t s = (int32_t)threadIdx.x / together; s < out.n_spans; s += kThreads / together) {
+    // Few spans: all threads of the grid over the pieces of each in turn. Many: a warp a span.
+    const int n_threads = (int)gridDim.x * kThreads, thread = (int)(blockIdx.x * kThreads + threadIdx.x);
+    const int together = has_few_spans(out) ? n_threads : 32;
+    for (int32_t s = thread / together; s < out.n_spans; s += n_threads / together) {
         const ts_span span = spans[s];
         const int64_t n = out.begin[s + 1] - out.begin[s], first_tile = span.position / T;
         const int64_t all = span.position + span.n_tokens;
-        for (int64_t i = threadIdx.x % together; i < n; i += together) {
+        for (int64_t i = thread % together; i < n; i += together) {
             const int64_t tile = first_tile + i, begin = tile * T;
             const int64_t from = i == 0 ? span.position : begin;
             const int64_t to = begin + T < all ? begin + T : all;
@@ -144,7 +154,7 @@ size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces) {
            aligned((size_t)pieces->n_closed * sizeof(int64_t));
 }
 
-ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, void *memory,
+ts_status ts_cuda_pieces_make(cudaStream_t stream, bool early, const ts_batch *batch, int32_t tile_size, void *memory,
                               ts_cuda_pieces *pieces) {
     char *at = (char *)memory;
     pieces->at = (ts_cuda_piece *)at;
@@ -158,6 +168,9 @@ ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_
     pieces->held_begin = (int64_t *)at;
     at += aligned(((size_t)pieces->n_spans + 1) * sizeof(int64_t));
     pieces->closed_pieces = (int64_t *)at;
-    pieces_kernel<<<1, kThreads, 0, stream>>>(batch->device_spans, tile_size, *pieces);
+    const int64_t n_threads = has_few_spans(*pieces) ? pieces->n_pieces : 32 * (int64_t)pieces->n_spans;
+    const int64_t n_blocks = std::clamp((n_threads + kThreads - 1) / kThreads, (int64_t)1, kMostBlocks);
+    (void)ts::launch_following(early, pieces_kernel, (unsigned)n_blocks, kThreads, 0, stream, batch->device_spans,
+                               tile_size, *pieces);
     return ts_cuda_status(cudaGetLastError(), "pieces of a batch");
 }

@@ -53,7 +53,8 @@ void ts_cuda_pieces_bound(int64_t max_rows, int32_t max_spans, int32_t tile_size
 size_t ts_cuda_pieces_bytes(const ts_cuda_pieces *pieces);
 
 // Places the arrays in `memory` (ts_cuda_pieces_bytes, aligned to 256 bytes) and enqueues the kernel that fills them.
-ts_status ts_cuda_pieces_make(cudaStream_t stream, const ts_batch *batch, int32_t tile_size, void *memory,
+// early: on sm_90, before the kernel in front has ended.
+ts_status ts_cuda_pieces_make(cudaStream_t stream, bool early, const ts_batch *batch, int32_t tile_size, void *memory,
                               ts_cuda_pieces *pieces);
 
 #ifdef __cplusplus

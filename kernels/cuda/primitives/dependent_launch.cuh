@@ -1,11 +1,13 @@
 // Kernels that begin before the kernel in front of them on the stream has ended (programmatic dependent launch, sm_90).
 //
 // What a kernel does before wait_for_front may only read, and only what the kernel in front does not write: every
-// kernel lets the next begin after its own wait, so all before the one in front have ended by then.
+// kernel lets the next begin after its own wait, so all before the one in front have ended by then. A kernel that does
+// not keep to that says why it may, and waits before it ends.
 #ifndef TS_CUDA_DEPENDENT_LAUNCH_CUH
 #define TS_CUDA_DEPENDENT_LAUNCH_CUH
 
 #include <cuda_runtime.h>
+#include <stdint.h>
 
 namespace ts {
 
@@ -27,6 +29,22 @@ __device__ __forceinline__ void let_next_begin() {
 __device__ __forceinline__ void follow_front() {
     wait_for_front();
     let_next_begin();
+}
+
+// A flag in device memory by which a block of the kernel in front hands on what it wrote: raised by one thread after a
+// barrier of its block, awaited by one thread before a barrier of the other.
+__device__ __forceinline__ void raise_flag(uint32_t *flag) {
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+__device__ __forceinline__ void await_flag(const uint32_t *flag) {
+    for (;;) {
+        uint32_t is_raised;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_raised) : "l"(flag) : "memory");
+        if (is_raised)
+            break;
+        __nanosleep(100);
+    }
 }
 
 // A launch with up to two attributes.

@@ -37,6 +37,7 @@ template <int n> __device__ __forceinline__ void copy_small(void *to, const void
 // S^ and z^ of one of this block's tiles to the cache, by a team.
 __device__ __noinline__ void leave_state(const ts_cuda_attention &a, const group_shared &s, int own, int64_t cached,
                                          int tid) {
+    ts::wait_for_front(); // which reads what the cache held
     for (int i = tid; i < D * kUnits; i += kTeam) {
         const int place = i / kUnits, unit = i % kUnits;
         *(uint4 *)((bf16 *)a.cache.state + (cached * D + feature_at(place)) * D + unit * 8) =
@@ -265,13 +266,18 @@ __device__ void make_outputs(const ts_cuda_attention &a, group_shared &s, const 
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_constant__ ts_cuda_attention a) {
-    ts::follow_front();
 #if TS_HAS_WGMMA
+    // Does not wait for all of choose: it began when all before it had ended, and says of every list when it is there.
+    // All blocks of choose have their places when this kernel begins.
     extern __shared__ __align__(1024) char memory[];
     group_shared &s = *(group_shared *)memory;
     // Heads vary fastest, so that clusters with short lists run beside those with long ones.
     const int j = blockIdx.y, n_kv = a.cache.n_kv_heads;
     const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.z; // the latest first: they have the longest lists
+    if (threadIdx.x == 0)
+        ts::await_flag(a.listed + (a.first_group + in_wave) * n_kv + j);
+    __syncthreads();
+    ts::let_next_begin();
     const ts_cuda_list head = a.lists[in_wave * n_kv + j];
     group_rows rows = {(const bf16 *)a.qkvg.data + head.row * a.qkvg.stride, head.row, head.n_rows};
     asm volatile("" : "+l"(rows.qkvg)); // one pointer, to which 32 bits are added
@@ -279,6 +285,7 @@ __global__ void __launch_bounds__(kThreads, 2) groups_kernel(const __grid_consta
     sum_states<S>(a, s, head, (in_wave * n_kv + j) * a.list_stride, j, rows);
     ts::cluster_sync();
     make_outputs(a, s, head, j, rows);
+    ts::wait_for_front();
 #endif
 }
 

@@ -11,6 +11,16 @@ constexpr int kThreads = 256;
 constexpr int kRows = 64; // queries and keys at a time
 constexpr int kPad = 4;   // floats: keeps rows aligned to 16 bytes and apart in banks
 
+// With only_first the kernel in front is choose, which began when all that is read here was there, and the one behind
+// writes none of it before it waits.
+__device__ __forceinline__ void begin_pass(bool only_first) {
+    only_first ? ts::let_next_begin() : ts::follow_front();
+}
+__device__ __forceinline__ void end_pass(bool only_first) {
+    if (only_first)
+        ts::wait_for_front();
+}
+
 template <int D> constexpr int shared_bytes() {
     return (2 * kRows * (D + kPad) + kRows * (kRows + kPad)) * (int)sizeof(float);
 }
@@ -18,7 +28,7 @@ template <int D> constexpr int shared_bytes() {
 template <typename A, int D>
 __global__ void __launch_bounds__(kThreads)
     outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
-    ts::follow_front();
+    begin_pass(only_first);
     extern __shared__ float4 stage[];
     constexpr int L = D + kPad, P = kRows + kPad, C = D / 16; // C: output columns of a thread
     float *queries = (float *)stage, *staged = queries + kRows * L, *weights = staged + kRows * L;
@@ -158,6 +168,7 @@ __global__ void __launch_bounds__(kThreads)
                     ts::store(y + tx + 16 * i, acc[r][i] * scale);
             }
         }
+    end_pass(only_first);
 }
 
 // A warp for 16 queries and 64 of the output's columns.
@@ -170,7 +181,7 @@ template <int D> constexpr int matrix_shared_bytes() {
 template <int D>
 __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
     matrix_outputs_kernel(const __grid_constant__ ts_cuda_attention a, bool only_first) {
-    ts::follow_front();
+    begin_pass(only_first);
     extern __shared__ float4 stage[];
     constexpr int kMatrixThreads = kMatrixThreadsOf<D>, L = D + 8, kSteps = D / 16, kColumns = 64;
     constexpr int kVectors = D / 8, kVectorRows = kMatrixThreads / kVectors, kItems = kRows / kVectorRows;
@@ -343,6 +354,7 @@ __global__ void __launch_bounds__(kMatrixThreadsOf<D>, D == 64 ? 5 : 2)
                     *(uint32_t *)(y + 8 * n) = ts::pack(acc[n][2 * r] * scale, acc[n][2 * r + 1] * scale);
             }
         }
+    end_pass(only_first);
 }
 
 template <int D> void launch_f32(cudaStream_t stream, const ts_cuda_attention *a, bool only_first) {

@@ -9,6 +9,7 @@ namespace {
 
 using ts::kChunk, ts::kThreads;
 
+constexpr int kBlocksAhead = 128; // how far ahead of itself a block asks for rows in L2
 constexpr int kMaxTile = 128, kWarps = kThreads / 32;
 
 // Inclusive sums over kMaxTile threads; the rest pass through.
@@ -71,6 +72,16 @@ __device__ void whole_tile(const ts_cuda_attention &a, const ts_cuda_piece &piec
     const int r0 = tid / kVectors, column = tid % kVectors * 8;
     const int64_t stride = a.qkvg.stride, place = ts::tile_place(a, piece.span, piece.sequence, piece.closed, j);
     const ts::token_row<ts::bf16> first = ts::row_of<ts::bf16, D>(a, piece.row);
+    const int64_t row_ahead = piece.row + (kBlocksAhead / n_kv + 1) * kChunk + tid % kChunk;
+    if (tid < 3 * kChunk && row_ahead < a.n_rows) {
+        const ts::bf16 *row = (tid < kChunk       ? first.k
+                               : tid < 2 * kChunk ? first.v
+                                                  : first.q + j * (group - 1) * D) +
+                              j * D;
+#pragma unroll
+        for (int e = 0; e < D; e += 64)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row + (row_ahead - piece.row) * stride + e));
+    }
     uint4 raw_k[kItems], raw_v[kItems], raw_q[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i++) {

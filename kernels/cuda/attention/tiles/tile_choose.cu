@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kGroup = TS_CUDA_GROUP, kRange = TS_CUDA_GROUP;
 constexpr int kEvents = 8, kShares = kGroup / kEvents; // events of a thread, and threads of a candidate
+constexpr int kOfWarp = 32 / kShares;                  // candidates of a warp
 constexpr int kNewest = 4;                             // ranges scored first
 constexpr int kParts = 3;                              // BF16 numbers that add up to one of f32
 constexpr int kScorePitch = kGroup + 4;                // floats: keeps rows aligned to 16 bytes and apart in banks
@@ -91,7 +92,9 @@ __device__ candidate candidate_of(const ts_cuda_attention &a, const event_group 
             return out;
         const int64_t closed = group.first_closed + born, by_head = j * a.pieces.n_closed + closed;
         death = ts::death_at(a.tile_deaths, by_head);
-        out.at = ts::tile_place(a, group.span, group.sequence, closed, j);
+        // As tile_place says, but without asking for n_held again.
+        out.at = a.all_in_slots ? ts::page_of(a, group.sequence, j, group.n_held + born)
+                                : ts::tile_place(a, group.span, group.sequence, closed, j);
         out.tile = group.first_tile + born;
         out.end = a.tile_ends[by_head];
     }
@@ -110,59 +113,62 @@ __device__ __forceinline__ double about_log(double x) {
     return 0.6931471805599453 * ((double)((int)(bits >> 52) - 1023) + (double)__log2f((float)mantissa));
 }
 
-// scores [kAtOnce, kScorePitch]: mass of all queries on the tiles whose z mass_of has. A warp has 16 of the tiles and
-// half of the events. Rows without a tile are of whatever lies at `any`.
-template <int D, typename Shape>
-__device__ __forceinline__ void score_tiles(const float *const *mass_of, const float *any, const ts::bf16 *queries,
-                                            float *scores) {
-    constexpr int kWarps = Shape::kWarps, kRowBlocks = Shape::kAtOnce / 16;
-    constexpr int kAhead = 2; // steps whose loads are under way together
-    static_assert(kWarps == 2 * kRowBlocks, "a warp for half of the events");
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = lane % 4 * 2;
-    const int row = warp % kRowBlocks * 16 + lane / 4, first_event = warp / kRowBlocks * (kGroup / 2);
-    const float *z[2] = {mass_of[row], mass_of[row + 8]};
-    if (!__any_sync(~0u, z[0] || z[1]))
+// dots: mass of this thread's events on its candidate, whose z is at `mass`; NULL: none, and dots are any numbers. By
+// the warp for its kOfWarp candidates, which no other warp waits for. scores: [kOfWarp, kScorePitch] of the warp.
+template <int D>
+__device__ __forceinline__ void dots_with(const float *mass, const float *any, const ts::bf16 *queries, float *scores,
+                                          float (&dots)[kEvents]) {
+    constexpr int kAhead = 4; // steps whose loads are under way together
+    if (!__any_sync(~0u, mass != NULL))
         return;
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        z[r] = (z[r] ? z[r] : any) + column;
-    float sums[2][4] = {};
+    const int lane = threadIdx.x % 32;
+    const float *z = (mass ? mass : any) + lane % 4 * 2;
+    float sums[kGroup / 16][4] = {};
 #pragma unroll 1
     for (int k0 = 0; k0 < D; k0 += 16 * kAhead) {
-        float2 x[kAhead][4];
+        float2 x[kAhead][2];
 #pragma unroll
         for (int k = 0; k < kAhead; k++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                x[k][i] = *(const float2 *)(z[i % 2] + k0 + 16 * k + i / 2 * 8);
+            for (int i = 0; i < 2; i++)
+                x[k][i] = *(const float2 *)(z + k0 + 16 * k + 8 * i);
 #pragma unroll
         for (int k = 0; k < kAhead; k++) {
-            uint32_t parts[kParts][4];
+            uint32_t parts[kParts][2];
 #pragma unroll
             for (int part = 0; part < kParts; part++) {
-                uint32_t q[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < 2; i++) {
                     parts[part][i] = ts::pack(x[k][i].x, x[k][i].y);
                     x[k][i].x -= ts::low_of(parts[part][i]);
                     x[k][i].y -= ts::high_of(parts[part][i]);
                 }
-                ts::load_b_transposed(q, queries + (kParts - 1 - part) * kGroup * kQueryPitch<D>, kQueryPitch<D>,
-                                      k0 + 16 * k, first_event);
 #pragma unroll
-                for (int of_z = 0; of_z <= part; of_z++) { // with what the queries' part may still change
-                    ts::multiply_add(sums[0], parts[of_z], q[0], q[1]);
-                    ts::multiply_add(sums[1], parts[of_z], q[2], q[3]);
+                for (int m = 0; m < kGroup / 16; m++) {
+                    uint32_t q[4];
+                    ts::load_a(q, queries + (kParts - 1 - part) * kGroup * kQueryPitch<D>, kQueryPitch<D>, 16 * m,
+                               k0 + 16 * k);
+#pragma unroll
+                    for (int of_z = 0; of_z <= part; of_z++) // with what the queries' part may still change
+                        ts::multiply_add(sums[m], q, parts[of_z][0], parts[of_z][1]);
                 }
             }
         }
     }
-    float *to = scores + row * kScorePitch + first_event + column;
+    float *to = scores + lane % 4 * 2 * kScorePitch + lane / 4;
+    __syncwarp(); // the scores before have been read
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        ts::store2(to + 8 * n, sums[n][0], sums[n][1]);
-        ts::store2(to + 8 * kScorePitch + 8 * n, sums[n][2], sums[n][3]);
+    for (int m = 0; m < kGroup / 16; m++) {
+        to[16 * m] = sums[m][0];
+        to[16 * m + kScorePitch] = sums[m][1];
+        to[16 * m + 8] = sums[m][2];
+        to[16 * m + 8 + kScorePitch] = sums[m][3];
     }
+    __syncwarp();
+    const float *from = scores + lane / kShares * kScorePitch + lane % kShares * kEvents;
+    const float4 low = ts::load4(from), high = ts::load4(from + 4);
+    dots[0] = low.x, dots[1] = low.y, dots[2] = low.z, dots[3] = low.w;
+    dots[4] = high.x, dots[5] = high.y, dots[6] = high.z, dots[7] = high.w;
 }
 
 // Neighbouring threads have one candidate and a share of the events each: kAtOnce candidates at a time. Pass 1 keeps
@@ -182,10 +188,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
     __shared__ unsigned largest[kGroup]; // bits of the largest element, which is positive, of each query
     __shared__ int counts[kWarps];
     __shared__ int64_t ranges[kFewest], sums_only[kFewest]; // of slots, or ~range of events
-    __shared__ const float *mass_of[kAtOnce];
-    const int tid = threadIdx.x, j = blockIdx.y, n_kv = a.cache.n_kv_heads;
+    const int tid = threadIdx.x, j = blockIdx.x, n_kv = a.cache.n_kv_heads;
     const int share = tid % kShares, g0 = share * kEvents, place = tid / kShares;
-    const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.x; // the latest first: they have most candidates
+    const int64_t in_wave = a.n_wave_groups - 1 - blockIdx.y; // the latest first: they have most candidates
     const event_group group = group_of(a, a.first_group + in_wave, j);
     const ts_sparsity &rules = a.cache.sparsity;
     if (tid < kGroup) {
@@ -230,27 +235,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
 
     int64_t n_kept = 0;
     double totals[kEvents] = {};
-    // Dots with the tile whose z is at `mass`, of this thread's candidate; NULL: none.
-    const auto dots_with = [&](const float *mass, float(&dots)[kEvents]) {
-        if (share == 0)
-            mass_of[place] = mass;
-        __syncthreads();
-        score_tiles<D, Shape>(mass_of, a.tile_masses, queries, scores);
-        __syncthreads();
-        const float4 x = ts::load4(scores + place * kScorePitch + g0),
-                     y = ts::load4(scores + place * kScorePitch + g0 + 4);
-        dots[0] = x.x, dots[1] = x.y, dots[2] = x.z, dots[3] = x.w;
-        dots[4] = y.x, dots[5] = y.y, dots[6] = y.z, dots[7] = y.w;
-    };
-    // Adds this thread's terms, those of the events in `which`, to the totals. `handed` is read before dots_with's
-    // second wait.
+    float *const of_warp = scores + tid / 32 * kOfWarp * kScorePitch;
+    // Adds this thread's terms, those of the events in `which`, to the totals.
     const auto add = [&](unsigned which, double end, const float(&dots)[kEvents]) {
         const auto term = [&](int g) { return (double)ts::reach_of(ends[g0 + g] - end) * (double)dots[g]; };
         if constexpr (kThreads == kFewest) {
 #pragma unroll
-            for (int g = 0; g < kEvents; g++)
-                if (which >> g & 1u)
-                    totals[g] += term(g);
+            for (int g = 0; g < kEvents; g++) { // without branches
+                const double x = term(g);
+                totals[g] += which >> g & 1u ? x : 0.0;
+            }
         } else {
             if (tid >= kFewest)
 #pragma unroll
@@ -264,6 +258,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
                         totals[g] += term(g);
                     totals[g] += handed[g * kFewest + tid];
                 }
+            __syncthreads();
         }
     };
     const auto score = [&](int n_ranges) {
@@ -277,11 +272,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
                 c = candidate_of(a, group, j, id, first, n_events);
             const unsigned held = __ballot_sync(~0u, c.held != 0) >> (tid % 32 / kShares * kShares);
             const bool is_held = (held & (1u << kShares) - 1) != 0; // at any event
-            float dots[kEvents];
-            dots_with(!is_held  ? NULL
-                      : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
-                                : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
-                      dots);
+            float dots[kEvents] = {};
+            dots_with<D>(!is_held  ? NULL
+                         : id >= 0 ? a.cache.slot_mass + ts::page_of(a, group.sequence, j, id) * D
+                                   : a.tile_masses + ((group.first_closed + ~id) * n_kv + j) * D,
+                         a.tile_masses, queries, of_warp, dots);
             add(c.held, c.end, dots);
             if (!there)
                 continue;
@@ -356,11 +351,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
             const bool there = r0 + place < n_whole;
             const int64_t whole = sums_only[there ? r0 + place : 0];
             const double end = there ? (whole >= 0 ? held_ranges + whole : tile_ranges + ~whole)->end : 0.0;
-            float dots[kEvents];
-            dots_with(!there       ? NULL
-                      : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
-                                   : a.tile_range_masses + (tiles_at + ~whole) * D,
-                      dots);
+            float dots[kEvents] = {};
+            dots_with<D>(!there       ? NULL
+                         : whole >= 0 ? a.held_range_masses + (held_ranges_at + whole) * D
+                                      : a.tile_range_masses + (tiles_at + ~whole) * D,
+                         a.tile_masses, queries, of_warp, dots);
             add(there ? (1u << n_events) - 1 : 0, end, dots);
         }
         if (!are_newest)
@@ -403,7 +398,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
 #pragma unroll
         for (int g = 0; g < kEvents; g++) {
             const bool held = c.held >> g & 1u;
-            reach[g] = held ? ts::reach_of(ends[g0 + g] - c.end) : 0.0f;
+            const float reach_of = ts::reach_of(ends[g0 + g] - c.end);
+            reach[g] = held ? reach_of : 0.0f;
             const double score_of = (double)reach[g] * (double)dots[g];
             const bool selected = held && (group.first_tile + first + g + 1 - c.tile <= rules.recent_tiles ||
                                            c.tile < rules.sink_tiles || !(score_of < thresholds[g0 + g]));
@@ -438,6 +434,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1024 / Shape::kThreads)
             group.first_closed + group.first, row, (int)n_rows, n_listed, group.n_events, group.sequence};
         const unsigned long long n = (unsigned long long)group.n_events;
         const unsigned long long available = n * (unsigned long long)(group.first_tile + group.first) + n * (n + 1) / 2;
+        ts::raise_flag(a.listed + (a.first_group + in_wave) * n_kv + j);
         // Integers: the order in which blocks add does not matter.
         unsigned long long *pairs = (unsigned long long *)a.cache.pairs + 2 * ts::head_of(a, group.sequence, j);
         atomicAdd(pairs, available);
@@ -449,7 +446,7 @@ template <int D, int kThreads> void launch(cudaStream_t stream, const ts_cuda_at
     using Shape = block_shape<kThreads>;
     constexpr int kBytes = Shape::template kSharedBytes<D>;
     (void)cudaFuncSetAttribute(choose_kernel<D, Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    ts::launch_pass(stream, a, choose_kernel<D, Shape>, dim3((unsigned)a->n_wave_groups, (unsigned)a->cache.n_kv_heads),
+    ts::launch_pass(stream, a, choose_kernel<D, Shape>, dim3((unsigned)a->cache.n_kv_heads, (unsigned)a->n_wave_groups),
                     kThreads, kBytes, ts_cuda_attention_sums_bf16(a));
 }
 

@@ -145,7 +145,7 @@ ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_ar
     n_bytes = ts_cuda_pieces_bytes(&pieces);
     TS_TRY(ts_cuda_device_scratch(device, n_bytes + (size_t)n_open * sizeof(double), &scratch));
     open = (double *)((char *)scratch + n_bytes);
-    TS_TRY(ts_cuda_pieces_make(stream, args->batch, history.tile_size, scratch, &pieces));
+    TS_TRY(ts_cuda_pieces_make(stream, false, args->batch, history.tile_size, scratch, &pieces));
     if (args->qkvg.dtype == TS_F32)
         importance_kernel<<<dim3((unsigned)pieces.n_pieces, (n_kv + kHeads - 1) / kHeads), kSumThreads, 0, stream>>>(
             (const float *)args->qkvg.data, args->qkvg.stride, args->n_heads, args->head_dim, history, pieces,
@@ -171,7 +171,7 @@ ts_status ts_cuda_tile_prune(ts_device *device, const ts_tile_prune_args *args) 
     if (pieces.n_closed == 0)
         goto done;
     TS_TRY(ts_cuda_device_scratch(device, ts_cuda_pieces_bytes(&pieces), &scratch));
-    TS_TRY(ts_cuda_pieces_make(stream, args->batch, history.tile_size, scratch, &pieces));
+    TS_TRY(ts_cuda_pieces_make(stream, false, args->batch, history.tile_size, scratch, &pieces));
     sum_heads_kernel<<<(unsigned)((pieces.n_closed + kThreads - 1) / kThreads), kThreads, 0, stream>>>(
         args->importance, args->n_ranks, history, pieces);
     prune_kernel<<<(unsigned)pieces.n_closed, kThreads, 0, stream>>>(history, pieces);

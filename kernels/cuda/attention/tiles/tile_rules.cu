@@ -27,59 +27,80 @@ __device__ bool may_compete(const ts_cuda_attention &a, int32_t sequence, int64_
 // E and keys, one block a span and KV head.
 __global__ void __launch_bounds__(kWide) ends_kernel(const __grid_constant__ ts_cuda_attention a) {
     ts::follow_front();
-    constexpr int kAhead = 16; // sums that one thread reads and writes together
-    __shared__ double decays[kWide];
+    constexpr int kAhead = 8; // sums that one thread reads and writes together
+    __shared__ alignas(16) double decays[kWide + kAhead];
     const int s = blockIdx.x, j = blockIdx.y, tid = threadIdx.x;
     const int64_t begin = a.pieces.closed_begin[s], n = a.pieces.closed_begin[s + 1] - begin;
     if (n == 0)
         return;
     const int32_t sequence = a.spans[s].sequence;
     const int64_t head = ts::head_of(a, sequence, j), base = j * a.pieces.n_closed + begin;
-    double end = a.cache.decay_end[head];
-    for (int64_t i0 = 0; i0 < n; i0 += kWide) {
-        __syncthreads();
-        decays[tid] = i0 + tid < n ? a.tile_decays[base + i0 + tid] : 0.0;
-        __syncthreads();
-        if (tid == 0) // one after the other: what E is does not depend on where a span begins
-            for (int i = 0; i < kWide && i0 + i < n; i += kAhead) {
-                double x[kAhead];
-#pragma unroll
-                for (int k = 0; k < kAhead; k++)
-                    x[k] = decays[i + k];
-#pragma unroll
-                for (int k = 0; k < kAhead; k++)
-                    x[k] = end += x[k];
-#pragma unroll
-                for (int k = 0; k < kAhead; k++)
-                    decays[i + k] = x[k];
-            }
-        __syncthreads();
-        if (i0 + tid < n)
-            a.tile_ends[base + i0 + tid] = decays[tid];
-    }
-    if (!a.cache.is_sparse)
-        return;
     const int64_t first_tile = ts::first_tile_of(a, s);
-    const bool has_budget = a.cache.sparsity.cache_tiles > 0;
-    double *joining = joining_of(a, s, j);
+    double *joining = a.cache.is_sparse ? joining_of(a, s, j) : NULL;
+    double end = a.cache.decay_end[head];
+    for (int64_t i = a.pieces.group_begin[s] + tid; joining && i < a.pieces.group_begin[s + 1]; i += kWide)
+        a.listed[i * a.cache.n_kv_heads + j] = 0;
+    for (int64_t i0 = 0; i0 < n; i0 += kWide) {
+        const int64_t i = i0 + tid;
+        const bool there = i < n;
+        __syncthreads(); // the sums before have been read
+        decays[tid] = there ? a.tile_decays[base + i] : 0.0;
+        // What the key needs beside E comes meanwhile.
+        double log_sum = 0;
+        int64_t place = -1;
+        bool competes = false;
+        if (there && joining) {
+            log_sum = log(a.tile_sums[base + i]);
+            place = ts::tile_place(a, s, sequence, begin + i, j);
+            competes = may_compete(a, sequence, first_tile + i);
+        }
+        __syncthreads();
+        if (tid == 0) { // one after the other: what E is does not depend on where a span begins
+            double x[kAhead], y[kAhead];
+            const auto load = [&](double(&to)[kAhead], int at) {
+#pragma unroll
+                for (int k = 0; k < kAhead; k++)
+                    to[k] = decays[at + k];
+            };
+            const auto add = [&](const double(&from)[kAhead], int at) {
+#pragma unroll
+                for (int k = 0; k < kAhead; k++)
+                    decays[at + k] = end += from[k];
+            };
+            const int n_here = (int)min(n - i0, (int64_t)kWide);
+            load(x, 0);
+            for (int at = 0; at < n_here; at += 2 * kAhead) {
+                load(y, at + kAhead);
+                add(x, at);
+                load(x, at + 2 * kAhead); // beyond the end: not used
+                add(y, at + kAhead);
+            }
+        }
+        __syncthreads();
+        if (there) {
+            const double end_of = decays[tid], key = log_sum - end_of;
+            a.tile_ends[base + i] = end_of;
+            if (joining) {
+                a.tile_keys[base + i] = key;
+                joining[a.n_lead + i] = competes ? key : NAN;
+            }
+            if (place >= 0) {
+                a.cache.slot_decay_end[place] = end_of;
+                a.cache.slot_key[place] = key;
+                a.cache.slot_tile[place] = first_tile + i;
+            }
+        }
+    }
+    if (!joining)
+        return;
     for (int i = tid; i < a.n_lead; i += kWide)
         joining[i] = NAN; // better than no key
     __syncthreads();
+    const bool has_budget = a.cache.sparsity.cache_tiles > 0;
     for (int i = tid; has_budget && i < a.cache.n_held[head]; i += kWide) {
         const int64_t page = ts::page_of(a, sequence, j, i), tile = a.cache.slot_tile[page];
         if (tile >= first_tile - a.n_lead && may_compete(a, sequence, tile))
             joining[tile - first_tile + a.n_lead] = a.cache.slot_key[page];
-    }
-    for (int64_t i = tid; i < n; i += kWide) {
-        const double end_of = a.tile_ends[base + i], key = log(a.tile_sums[base + i]) - end_of;
-        const int64_t place = ts::tile_place(a, s, sequence, begin + i, j);
-        a.tile_keys[base + i] = key;
-        joining[a.n_lead + i] = may_compete(a, sequence, first_tile + i) ? key : NAN;
-        if (place >= 0) {
-            a.cache.slot_decay_end[place] = end_of;
-            a.cache.slot_key[place] = key;
-            a.cache.slot_tile[place] = first_tile + i;
-        }
     }
 }
 
