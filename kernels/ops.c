@@ -57,6 +57,12 @@ done:
     return status;
 }
 
+static bool is_norm_of(const ts_fused_norm *norm, const ts_tensor *h) {
+    return norm->stream.dtype == TS_F32 && norm->stream.rows == h->rows && norm->stream.cols == h->cols &&
+           norm->weight.dtype == TS_F32 && norm->weight.cols == h->cols && norm->sums.dtype == TS_F32 &&
+           norm->sums.rows == h->rows && norm->sums.cols * TS_NORM_COLUMNS == h->cols;
+}
+
 ts_status ts_op_linear(ts_device *device, const ts_linear_args *args) {
     ts_status status = TS_OK;
     TS_NEED(is_weight(args->w.dtype), "linear", "w must be F32, BF16 or F16");
@@ -67,9 +73,21 @@ ts_status ts_op_linear(ts_device *device, const ts_linear_args *args) {
              (long long)args->y.rows, (long long)args->y.cols);
     TS_NEED(!args->bias || (args->bias->dtype == args->y.dtype && args->bias->cols == args->w.rows), "linear",
             "bias must be [1, N] of y's dtype");
+    TS_NEED(!args->norm_behind || is_norm_of(args->norm_behind, &args->y), "linear",
+            "the norm behind must have stream [M, N], weight [1, N] and sums [M, N / 16], F32");
+    TS_NEED(!args->norm_in_front || is_norm_of(args->norm_in_front, &args->x), "linear",
+            "the norm in front must have stream [M, K], weight [1, K] and sums [M, K / 16], F32");
+    TS_CHECK((!args->norm_behind && !args->norm_in_front) || (device->ops->fuses_norm && args->row_invariant),
+             TS_ERR_UNSUPPORTED,
+             "%s: linear: norms are fused into row-invariant products, where ts_op_fuses_norm says so",
+             device->ops->name);
     TS_DISPATCH(linear);
 done:
     return status;
+}
+
+bool ts_op_fuses_norm(const ts_device *device, const ts_tensor *front_w, const ts_tensor *behind_w) {
+    return device->ops->fuses_norm && device->ops->fuses_norm(device, front_w, behind_w);
 }
 
 ts_status ts_op_swiglu(ts_device *device, const ts_swiglu_args *args) {

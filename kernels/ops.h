@@ -120,6 +120,18 @@ typedef struct ts_rms_norm_args {
 
 typedef enum ts_activation { TS_ACTIVATION_NONE, TS_ACTIVATION_GELU_TANH } ts_activation;
 
+// An RMSNorm between two products, without a pass of its own. The product in front adds its result to the residual
+// stream and has h = stream * weight for its y; the product behind, which reads h, divides by sqrt(mean(stream^2) +
+// eps) what it sums. Row-invariant products only, and only where ts_op_fuses_norm says so.
+typedef struct ts_fused_norm {
+    ts_tensor stream; // [M, D] F32, in and out
+    ts_tensor weight; // [1, D] F32
+    ts_tensor sums;   // [M, D / TS_NORM_COLUMNS] F32: of squares of the stream. Out in front, in behind
+    double eps;
+} ts_fused_norm;
+
+enum { TS_NORM_COLUMNS = 16 };
+
 // y = activation(x w^T + bias).
 typedef struct ts_linear_args {
     ts_tensor x;           // [M, K]
@@ -129,6 +141,8 @@ typedef struct ts_linear_args {
     ts_activation activation;
     bool row_invariant;      // a row's value must not depend on M: decode (I3)
     const ts_tensor *next_w; // weights that the next product reads, or NULL: they may be brought nearer meanwhile
+    const ts_fused_norm *norm_behind;   // or NULL: y is h of this norm
+    const ts_fused_norm *norm_in_front; // or NULL: x is h of this norm
 } ts_linear_args;
 
 // y = silu(gate_up[:, :F]) * gate_up[:, F:].
@@ -236,6 +250,8 @@ struct ts_ops {
     ts_status (*embed)(ts_device *device, const ts_embed_args *args);
     ts_status (*rms_norm)(ts_device *device, const ts_rms_norm_args *args);
     ts_status (*linear)(ts_device *device, const ts_linear_args *args);
+    // See ts_op_fuses_norm. NULL: never.
+    bool (*fuses_norm)(const ts_device *device, const ts_tensor *front_w, const ts_tensor *behind_w);
     ts_status (*swiglu)(ts_device *device, const ts_swiglu_args *args);
     ts_status (*gather_rows)(ts_device *device, const ts_gather_rows_args *args);
     ts_status (*tile_importance)(ts_device *device, const ts_tile_importance_args *args);
@@ -248,6 +264,9 @@ struct ts_ops {
 ts_status ts_op_embed(ts_device *device, const ts_embed_args *args);
 ts_status ts_op_rms_norm(ts_device *device, const ts_rms_norm_args *args);
 ts_status ts_op_linear(ts_device *device, const ts_linear_args *args);
+// Whether the device takes an RMSNorm into the products by these weights, front_w [D, K] and behind_w [N, D], when they
+// are row invariant and x and y of the compute dtype.
+bool ts_op_fuses_norm(const ts_device *device, const ts_tensor *front_w, const ts_tensor *behind_w);
 ts_status ts_op_swiglu(ts_device *device, const ts_swiglu_args *args);
 ts_status ts_op_gather_rows(ts_device *device, const ts_gather_rows_args *args);
 ts_status ts_op_tile_importance(ts_device *device, const ts_tile_importance_args *args);

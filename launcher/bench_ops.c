@@ -104,8 +104,8 @@ done:
 static ts_status run_linear(ts_kernel_bench *b, void *context, int64_t i) {
     const row_case *c = context;
     const int64_t set = i % c->n_sets;
-    return ts_op_linear(
-        b->device, &(ts_linear_args){c->x[set], c->w[set], NULL, c->y[set], c->activation, c->row_invariant, NULL});
+    return ts_op_linear(b->device, &(ts_linear_args){c->x[set], c->w[set], NULL, c->y[set], c->activation,
+                                                     c->row_invariant, NULL, NULL, NULL});
 }
 
 static ts_status bench_one_linear(ts_kernel_bench *b, const char *op, int64_t M, int64_t N, int64_t K,

@@ -186,10 +186,34 @@ static ts_status norm(ts_model *model, ts_tensor x, const ts_tensor *residual, t
     return ts_op_rms_norm(model->device, &(ts_rms_norm_args){x, residual, weight, model->config.rms_norm_eps, h});
 }
 
-// next_w: of the product after this one.
-static ts_status linear(ts_model *model, const ts_batch *batch, ts_tensor x, ts_tensor w, ts_activation activation,
-                        ts_tensor y, const ts_tensor *next_w) {
-    return ts_op_linear(model->device, &(ts_linear_args){x, w, NULL, y, activation, batch->decode, next_w});
+// h as products read it: where the norm that gives it is fused into them, they need to know it.
+typedef struct normed {
+    ts_tensor h;
+    const ts_fused_norm *fused; // or NULL
+} normed;
+
+// x += a w^T, summed over the ranks; h = norm(x), read by the product by next_w, or by none that is known. In decode
+// the norm is fused into the two products where the device can and no sum over the ranks lies between them.
+static ts_status add_and_norm(ts_model *model, const ts_batch *batch, ts_tensor a, ts_tensor w, ts_tensor norm_weight,
+                              const ts_tensor *next_w, ts_fused_norm *norm_memory, normed *out) {
+    ts_status status = TS_OK;
+    const ts_tensor x = ts_tensor_rows(model->act.x, 0, batch->n_rows);
+    const ts_tensor delta = ts_tensor_rows(model->act.delta, 0, batch->n_rows);
+    ts_linear_args args = {.x = a, .w = w, .y = delta, .row_invariant = batch->decode, .next_w = next_w};
+    out->fused = NULL;
+    if (batch->decode && next_w && ts_group_size(model->tp) == 1 && ts_op_fuses_norm(model->device, &w, next_w)) {
+        const ts_tensor sums = ts_tensor_of(delta.data, TS_F32, batch->n_rows, x.cols / TS_NORM_COLUMNS);
+        *norm_memory = (ts_fused_norm){x, norm_weight, sums, model->config.rms_norm_eps};
+        out->fused = args.norm_behind = norm_memory;
+        args.y = out->h;
+    }
+    TS_TRY(ts_op_linear(model->device, &args));
+    if (out->fused)
+        goto done;
+    TS_TRY(reduce(model, delta));
+    TS_TRY(norm(model, x, &delta, norm_weight, out->h));
+done:
+    return status;
 }
 
 // Rule 1, decided in layer 0 for every layer: importance of the tiles that end in this batch, and which are pruned.
@@ -212,7 +236,7 @@ done:
 }
 
 // y = attention(h): eqs. (1) to (9) with their projections, before o_proj.
-static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_batch *batch, int32_t l, ts_tensor h,
+static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_batch *batch, int32_t l, normed in,
                                 ts_tensor y) {
     ts_status status = TS_OK;
     const ts_config *config = &model->config;
@@ -221,8 +245,13 @@ static ts_status tile_attention(ts_model *model, ts_tile_cache *cache, const ts_
     const bool prunes = l == 0 && config->is_sparse && config->sparsity.prune_ratio > 0;
     // Rule 1 counts tiles of strictly smaller importance. Tiles of the same tokens must tie to the last bit, wherever
     // they stand in a batch, or rounding would decide which of them is kept.
-    TS_TRY(ts_op_linear(model->device, &(ts_linear_args){h, layer->qkvg, &layer->qkvg_bias, qkvg, TS_ACTIVATION_NONE,
-                                                         batch->decode || prunes, &layer->o}));
+    TS_TRY(ts_op_linear(model->device, &(ts_linear_args){.x = in.h,
+                                                         .w = layer->qkvg,
+                                                         .bias = &layer->qkvg_bias,
+                                                         .y = qkvg,
+                                                         .row_invariant = batch->decode || prunes,
+                                                         .next_w = &layer->o,
+                                                         .norm_in_front = in.fused}));
     if (prunes)
         TS_TRY(prune_tiles(model, cache, batch, qkvg));
     TS_TRY(ts_op_attention(model->device, &(ts_attention_args){batch, qkvg, ts_tile_cache_layer_at(cache, l),
@@ -231,7 +260,7 @@ done:
     return status;
 }
 
-typedef ts_status (*mixer_forward)(ts_model *model, ts_tile_cache *cache, const ts_batch *batch, int32_t l, ts_tensor h,
+typedef ts_status (*mixer_forward)(ts_model *model, ts_tile_cache *cache, const ts_batch *batch, int32_t l, normed in,
                                    ts_tensor y);
 static const mixer_forward mixers[TS_N_MIXERS] = {[TS_MIXER_TILE_ATTENTION] = tile_attention};
 
@@ -241,32 +270,37 @@ ts_status ts_model_forward(ts_model *model, ts_tile_cache *cache, const ts_batch
     const int64_t M = batch->n_rows;
     assert(M <= model->act.max_rows);
     const ts_tensor x = ts_tensor_rows(model->act.x, 0, M);
-    const ts_tensor h = ts_tensor_rows(model->act.h, 0, M);
-    const ts_tensor delta = ts_tensor_rows(model->act.delta, 0, M);
     const ts_tensor y = ts_tensor_rows(model->act.y, 0, M);
     const ts_tensor up = ts_tensor_rows(model->act.up, 0, M);
     const ts_tensor gated = ts_tensor_rows(model->act.gated, 0, M);
     const bool swiglu = model->config.mlp == TS_MLP_SWIGLU;
     const ts_activation activation = swiglu ? TS_ACTIVATION_NONE : TS_ACTIVATION_GELU_TANH;
 
+    ts_fused_norm input_norm, post_norm;
+    normed in = {ts_tensor_rows(model->act.h, 0, M), NULL};
+
     model->n_rows = M;
     TS_TRY(ts_op_embed(model->device, &(ts_embed_args){batch->tokens, weights->first_token, weights->embedding, x}));
     TS_TRY(reduce(model, x)); // each row stands on one rank, zeros on the others
+    TS_TRY(norm(model, x, NULL, weights->layers[0].input_norm, in.h));
     for (int32_t l = 0; l < model->config.n_layers; l++) {
         const ts_layer_weights *layer = &weights->layers[l];
-        const ts_tensor *next = l + 1 < model->config.n_layers ? &weights->layers[l + 1].qkvg : NULL;
-        TS_TRY(norm(model, x, l > 0 ? &delta : NULL, layer->input_norm, h));
-        TS_TRY(mixers[layer->mixer](model, cache, batch, l, h, y));
-        TS_TRY(linear(model, batch, y, layer->o, TS_ACTIVATION_NONE, delta, &layer->up));
-        TS_TRY(reduce(model, delta));
-        TS_TRY(norm(model, x, &delta, layer->post_norm, h));
-        TS_TRY(linear(model, batch, h, layer->up, activation, up, &layer->down));
+        const ts_layer_weights *next = l + 1 < model->config.n_layers ? layer + 1 : NULL;
+        TS_TRY(mixers[layer->mixer](model, cache, batch, l, in, y));
+        TS_TRY(add_and_norm(model, batch, y, layer->o, layer->post_norm, &layer->up, &post_norm, &in));
+        TS_TRY(ts_op_linear(model->device, &(ts_linear_args){.x = in.h,
+                                                             .w = layer->up,
+                                                             .y = up,
+                                                             .activation = activation,
+                                                             .row_invariant = batch->decode,
+                                                             .next_w = &layer->down,
+                                                             .norm_in_front = in.fused}));
         if (swiglu)
             TS_TRY(ts_op_swiglu(model->device, &(ts_swiglu_args){up, gated}));
-        TS_TRY(linear(model, batch, swiglu ? gated : up, layer->down, TS_ACTIVATION_NONE, delta, next));
-        TS_TRY(reduce(model, delta));
+        TS_TRY(add_and_norm(model, batch, swiglu ? gated : up, layer->down,
+                            next ? next->input_norm : weights->final_norm, next ? &next->qkvg : NULL, &input_norm,
+                            &in));
     }
-    TS_TRY(norm(model, x, &delta, weights->final_norm, h));
 done:
     return status;
 }
@@ -304,7 +338,7 @@ ts_status ts_model_logits(ts_model *model, const int64_t *rows, int64_t n_rows, 
         h = selected;
     }
     TS_TRY(ts_op_linear(model->device,
-                        &(ts_linear_args){h, model->weights.head, NULL, out, TS_ACTIVATION_NONE, row_invariant, NULL}));
+                        &(ts_linear_args){.x = h, .w = model->weights.head, .y = out, .row_invariant = row_invariant}));
     *logits = out;
 done:
     return status;

@@ -60,6 +60,7 @@ extern const ts_ops ts_cuda_ops;
 ts_status ts_cuda_embed(ts_device *device, const ts_embed_args *args);
 ts_status ts_cuda_rms_norm(ts_device *device, const ts_rms_norm_args *args);
 ts_status ts_cuda_linear(ts_device *device, const ts_linear_args *args);
+bool ts_cuda_linear_fuses_norm(const ts_device *device, const ts_tensor *front_w, const ts_tensor *behind_w);
 ts_status ts_cuda_swiglu(ts_device *device, const ts_swiglu_args *args);
 ts_status ts_cuda_gather_rows(ts_device *device, const ts_gather_rows_args *args);
 ts_status ts_cuda_tile_importance(ts_device *device, const ts_tile_importance_args *args);

@@ -13,6 +13,7 @@ const ts_ops ts_cuda_ops = {
     .embed = ts_cuda_embed,
     .rms_norm = ts_cuda_rms_norm,
     .linear = ts_cuda_linear,
+    .fuses_norm = ts_cuda_linear_fuses_norm,
     .swiglu = ts_cuda_swiglu,
     .gather_rows = ts_cuda_gather_rows,
     .tile_importance = ts_cuda_tile_importance,

@@ -286,7 +286,7 @@ static void linear_case_run(ts_device *device, ts_dtype activation, const linear
         status = status ? status
                         : ts_op_linear(device, &(ts_linear_args){ts_tensor_rows(tx, 0, M), tw, c->bias ? &tb : NULL, y,
                                                                  c->gelu ? TS_ACTIVATION_GELU_TANH : TS_ACTIVATION_NONE,
-                                                                 c->row_invariant, NULL});
+                                                                 c->row_invariant, NULL, NULL, NULL});
         if (!case_ok(group, status, "linear"))
             break;
         float *got = case_download(device, &y);
@@ -473,9 +473,10 @@ static int run_cases(ts_device *device, ts_dtype activation, case_list linear, F
 }
 
 int op_cases_run(ts_device *device, ts_dtype activation, FILE *report) {
-    return run_cases(device, activation, linear_cases, report);
+    return run_cases(device, activation, linear_cases, report) + fused_norm_cases_run(device, activation, report);
 }
 
 int op_cases_run_small(ts_device *device, ts_dtype activation, bool with_decode_products, FILE *report) {
-    return run_cases(device, activation, with_decode_products ? decode_linear_cases : NULL, report);
+    return run_cases(device, activation, with_decode_products ? decode_linear_cases : NULL, report) +
+           (with_decode_products ? fused_norm_cases_run(device, activation, report) : 0);
 }

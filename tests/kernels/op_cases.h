@@ -25,6 +25,9 @@ int attention_cases_run(ts_device *device, ts_dtype activation, ts_dtype slot_dt
 // of decode, since the kernels of the others are another's.
 int op_cases_run_small(ts_device *device, ts_dtype activation, bool with_decode_products, FILE *report);
 
+// RMSNorms fused into products, where the device does that.
+int fused_norm_cases_run(ts_device *device, ts_dtype activation, FILE *report);
+
 // For the case lists themselves.
 
 // What a group of cases has shown so far.

@@ -35,6 +35,9 @@ ts_status ts_cuda_linear(ts_device *base, const ts_linear_args *args) {
         TS_TRY(ts_cuda_linear_few(device, args, &in.w, in.w.data == args->w.data));
         goto done;
     }
+    TS_CHECK(!args->norm_behind && !args->norm_in_front, TS_ERR_UNSUPPORTED,
+             "cuda: linear: no norm is fused into x [M, %lld] by w [%lld, %lld]", (long long)args->x.cols,
+             (long long)in.w.rows, (long long)in.w.cols);
     in.epilogue = !fuses               ? CUBLASLT_EPILOGUE_DEFAULT
                   : args->bias && gelu ? CUBLASLT_EPILOGUE_GELU_BIAS
                   : args->bias         ? CUBLASLT_EPILOGUE_BIAS

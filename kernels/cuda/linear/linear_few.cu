@@ -70,6 +70,27 @@ int64_t bytes_brought(const ts_tensor *w) {
     return all < kNextBytes ? all : kNextBytes;
 }
 
+ts::FewNorm norm_of(const ts_fused_norm &norm) {
+    return {
+        .stream = (float *)norm.stream.data,
+        .stream_stride = norm.stream.stride,
+        .weight = (const float *)norm.weight.data,
+        .sums = (float *)norm.sums.data,
+        .sums_stride = norm.sums.stride,
+        .n_sums = (int)norm.sums.cols,
+        .columns = (float)norm.stream.cols,
+        .eps = (float)norm.eps,
+    };
+}
+
+// Of some rows.
+ts_fused_norm norm_rows(const ts_fused_norm &norm, int64_t first, int64_t n_rows) {
+    ts_fused_norm out = norm;
+    out.stream = ts_tensor_rows(norm.stream, first, n_rows);
+    out.sums = ts_tensor_rows(norm.sums, first, n_rows);
+    return out;
+}
+
 ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_args *args, const ts_tensor &w,
                    bool early) {
     ts_status status = TS_OK;
@@ -89,6 +110,9 @@ ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_a
         .next_w = next ? (const unsigned char *)next->data : NULL,
         .next_bytes = 0,
         .next_total = next ? bytes_brought(next) : 0,
+        .n_tokens = (int)x.rows,
+        .behind = args->norm_behind ? norm_of(*args->norm_behind) : ts::FewNorm{},
+        .in_front = args->norm_in_front ? norm_of(*args->norm_in_front) : ts::FewNorm{},
     };
     TS_CHECK(ts::tensor_map_create(&maps.w, encode, w.data, w.rows, w.cols, w.stride, ts::kFewRows) &&
                  ts::tensor_map_create(&maps.x, encode, x.data, x.rows, x.cols, x.stride, s.tokens) &&
@@ -106,11 +130,25 @@ bool is_aligned(const ts_tensor &t) {
     return t.dtype == TS_BF16 && (uintptr_t)t.data % 16 == 0 && t.stride % 8 == 0;
 }
 
+bool has_sums(const ts_fused_norm *norm) {
+    return !norm || ((uintptr_t)norm->sums.data % 16 == 0 && norm->sums.stride % 4 == 0 && norm->sums.cols % 4 == 0);
+}
+
+bool takes(const ts_cuda_device *device, const ts_tensor &w) {
+    return device->dense_plan.capability == 90 && is_aligned(w) && w.rows <= TS_CUDA_LINEAR_FEW_COLUMNS && w.cols > 0;
+}
+
 } // namespace
 
 bool ts_cuda_linear_few_applies(const ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w) {
-    return device->dense_plan.capability == 90 && args->row_invariant && is_aligned(args->x) && is_aligned(*w) &&
-           is_aligned(args->y) && w->rows <= TS_CUDA_LINEAR_FEW_COLUMNS && w->cols > 0;
+    return takes(device, *w) && args->row_invariant && is_aligned(args->x) && is_aligned(args->y) &&
+           has_sums(args->norm_behind) && has_sums(args->norm_in_front);
+}
+
+bool ts_cuda_linear_fuses_norm(const ts_device *base, const ts_tensor *front_w, const ts_tensor *behind_w) {
+    const ts_cuda_device *device = (const ts_cuda_device *)base;
+    return base->compute_dtype == TS_BF16 && takes(device, *front_w) && takes(device, *behind_w) &&
+           front_w->rows % (4 * TS_NORM_COLUMNS) == 0;
 }
 
 ts_status ts_cuda_linear_few(ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w, bool early) {
@@ -120,6 +158,11 @@ ts_status ts_cuda_linear_few(ts_cuda_device *device, const ts_linear_args *args,
         ts_linear_args part = *args;
         part.x = ts_tensor_rows(args->x, first, left < TS_CUDA_LINEAR_FEW_ROWS ? left : TS_CUDA_LINEAR_FEW_ROWS);
         part.y = ts_tensor_rows(args->y, first, part.x.rows);
+        ts_fused_norm behind, in_front;
+        if (args->norm_behind)
+            behind = norm_rows(*args->norm_behind, first, part.x.rows), part.norm_behind = &behind;
+        if (args->norm_in_front)
+            in_front = norm_rows(*args->norm_in_front, first, part.x.rows), part.norm_in_front = &in_front;
         TS_TRY(multiply(device, shape_of(w->rows, w->cols, part.x.rows), &part, *w, early));
     }
 done:
