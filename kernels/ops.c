@@ -75,6 +75,8 @@ ts_status ts_op_linear(ts_device *device, const ts_linear_args *args) {
             "bias must be [1, N] of y's dtype");
     TS_NEED(!args->norm_behind || is_norm_of(args->norm_behind, &args->y), "linear",
             "the norm behind must have stream [M, N], weight [1, N] and sums [M, N / 16], F32");
+    TS_NEED(!args->norm_behind || (!args->bias && args->activation == TS_ACTIVATION_NONE && !args->norm_in_front),
+            "linear", "a norm behind stands beside no bias, activation or norm in front");
     TS_NEED(!args->norm_in_front || is_norm_of(args->norm_in_front, &args->x), "linear",
             "the norm in front must have stream [M, K], weight [1, K] and sums [M, K / 16], F32");
     TS_CHECK((!args->norm_behind && !args->norm_in_front) || (device->ops->fuses_norm && args->row_invariant),

@@ -1,5 +1,5 @@
-// An RMSNorm fused into the products in front of it and behind it (ts_fused_norm), against both and the norm in float64,
-// for every number of rows that a product of decode may have.
+// An RMSNorm fused into the products in front of it and behind it (ts_fused_norm), against both and the norm in
+// float64, for every number of rows that a product of decode may have.
 #include "op_cases.h"
 
 #include <math.h>
@@ -52,9 +52,11 @@ static bool same_bits(float **first, float *got, int64_t n) {
 static void run(ts_device *device, ts_dtype activation, const fused_case *c, uint64_t seed, case_group *group) {
     const int64_t most = counts[0], K = c->K, D = c->D, N = c->N;
     const double eps = 1e-5;
-    float *a = case_values(seed, most * K, 0.1, 1, activation), *front = case_values(seed + 1, D * K, 0.02, 0.2, TS_BF16);
+    float *a = case_values(seed, most * K, 0.1, 1, activation),
+          *front = case_values(seed + 1, D * K, 0.02, 0.2, TS_BF16);
     float *stream = case_values(seed + 2, most * D, 0.1, 1, TS_F32), *weight = case_values(seed + 3, D, 1, 0.5, TS_F32);
-    float *behind = case_values(seed + 4, N * D, 0.02, 0.2, TS_BF16), *bias = case_values(seed + 5, N, 0, 1, activation);
+    float *behind = case_values(seed + 4, N * D, 0.02, 0.2, TS_BF16),
+          *bias = case_values(seed + 5, N, 0, 1, activation);
     double *sums = malloc((size_t)(most * D) * sizeof *sums), *expected = malloc((size_t)(most * N) * sizeof *expected);
     float *first_stream = NULL, *first_y = NULL;
     ts_tensor ta = {0}, tfront = {0}, tweight = {0}, tbehind = {0}, tbias = {0};
@@ -73,7 +75,8 @@ static void run(ts_device *device, ts_dtype activation, const fused_case *c, uin
         ts_tensor x, h, partial, y;
         status = case_upload(device, stream, M, D, D, TS_F32, &x);
         status = status ? status : case_upload(device, NULL, M, D, D, activation, &h);
-        status = status ? status : case_upload(device, NULL, M, D / TS_NORM_COLUMNS, D / TS_NORM_COLUMNS, TS_F32, &partial);
+        status =
+            status ? status : case_upload(device, NULL, M, D / TS_NORM_COLUMNS, D / TS_NORM_COLUMNS, TS_F32, &partial);
         status = status ? status : case_upload(device, NULL, M, N, N, activation, &y);
         const ts_fused_norm norm = {x, tweight, partial, eps};
         status = status ? status

@@ -35,11 +35,12 @@ few_shape shape_of(int64_t n, int64_t k, int64_t rows) {
     return s;
 }
 
-template <int kTokens, int kOwn>
+template <int kTokens, int kOwn, bool kBehind>
 cudaError_t launch(const few_shape &s, const ts::FewMaps &maps, ts::FewArgs a, int64_t rows, bool early,
                    cudaStream_t stream) {
-    const int needed =
-        ts::kFewBarrierBytes + a.w_stages * ts::kFewWeightBytes + a.x_stages * ts::few_token_bytes(kTokens);
+    const int needed = ts::kFewBarrierBytes + a.w_stages * ts::kFewWeightBytes +
+                       a.x_stages * ts::few_token_bytes(kTokens) +
+                       (kBehind ? ts::few_stream_bytes(kTokens, ts::kFewRows / a.cluster_size) : 0);
     const int bytes = s.alone && needed < kAloneBytes ? kAloneBytes : needed;
     const dim3 grid((unsigned)((a.n + ts::kFewRows - 1) / ts::kFewRows * a.cluster_size),
                     (unsigned)((rows + kTokens - 1) / kTokens));
@@ -49,19 +50,20 @@ cudaError_t launch(const few_shape &s, const ts::FewMaps &maps, ts::FewArgs a, i
     if (early)
         l.begin_early();
     l.in_clusters((unsigned)a.cluster_size);
-    const cudaError_t error =
-        cudaFuncSetAttribute(ts::linear_few<kTokens, kOwn>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    return error != cudaSuccess ? error : cudaLaunchKernelEx(&l.config, ts::linear_few<kTokens, kOwn>, maps, a);
+    const cudaError_t error = cudaFuncSetAttribute(ts::linear_few<kTokens, kOwn, kBehind>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    return error != cudaSuccess ? error
+                                : cudaLaunchKernelEx(&l.config, ts::linear_few<kTokens, kOwn, kBehind>, maps, a);
 }
 
-decltype(&launch<8, 1>) launch_of(const few_shape &s) {
+template <bool kBehind> decltype(&launch<8, 1, kBehind>) launch_of(const few_shape &s) {
     if (s.own > 1)
-        return s.own == 2 ? launch<64, 2> : launch<64, 4>;
-    return s.tokens == 8    ? launch<8, 1>
-           : s.tokens == 16 ? launch<16, 1>
-           : s.tokens == 32 ? launch<32, 1>
-           : s.tokens == 64 ? launch<64, 1>
-                            : launch<128, 1>;
+        return s.own == 2 ? launch<64, 2, kBehind> : launch<64, 4, kBehind>;
+    return s.tokens == 8    ? launch<8, 1, kBehind>
+           : s.tokens == 16 ? launch<16, 1, kBehind>
+           : s.tokens == 32 ? launch<32, 1, kBehind>
+           : s.tokens == 64 ? launch<64, 1, kBehind>
+                            : launch<128, 1, kBehind>;
 }
 
 // Whole units of 16 bytes, none beyond the last element.
@@ -105,7 +107,7 @@ ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_a
         .n_parts = s.n_parts,
         .cluster_size = s.n_parts / s.own,
         .w_stages = s.w_stages,
-        .x_stages = s.x_stages,
+        .x_stages = args->norm_behind && s.tokens == 128 ? s.x_stages - 1 : s.x_stages, // a tile of the stream, too
         .gelu = args->activation == TS_ACTIVATION_GELU_TANH,
         .next_w = next ? (const unsigned char *)next->data : NULL,
         .next_bytes = 0,
@@ -120,7 +122,8 @@ ts_status multiply(ts_cuda_device *device, const few_shape &s, const ts_linear_a
                                        ts::kFewRows / a.cluster_size),
              TS_ERR_DEVICE, "cuda: linear: the driver takes no map of x [%lld, %lld], w [%lld, %lld] or y",
              (long long)x.rows, (long long)x.cols, (long long)w.rows, (long long)w.cols);
-    TS_CUDA_TRY(launch_of(s)(s, maps, a, x.rows, early, device->stream));
+    TS_CUDA_TRY(
+        (args->norm_behind ? launch_of<true>(s) : launch_of<false>(s))(s, maps, a, x.rows, early, device->stream));
     device->cache_is_settled = true;
 done:
     return status;
@@ -130,8 +133,10 @@ bool is_aligned(const ts_tensor &t) {
     return t.dtype == TS_BF16 && (uintptr_t)t.data % 16 == 0 && t.stride % 8 == 0;
 }
 
-bool has_sums(const ts_fused_norm *norm) {
-    return !norm || ((uintptr_t)norm->sums.data % 16 == 0 && norm->sums.stride % 4 == 0 && norm->sums.cols % 4 == 0);
+bool is_aligned(const ts_fused_norm *norm) {
+    const auto rows = [](const ts_tensor &t) { return (uintptr_t)t.data % 16 == 0 && t.stride % 4 == 0; };
+    return !norm || (rows(norm->stream) && rows(norm->sums) && (uintptr_t)norm->weight.data % 16 == 0 &&
+                     norm->sums.cols % 4 == 0);
 }
 
 bool takes(const ts_cuda_device *device, const ts_tensor &w) {
@@ -142,7 +147,7 @@ bool takes(const ts_cuda_device *device, const ts_tensor &w) {
 
 bool ts_cuda_linear_few_applies(const ts_cuda_device *device, const ts_linear_args *args, const ts_tensor *w) {
     return takes(device, *w) && args->row_invariant && is_aligned(args->x) && is_aligned(args->y) &&
-           has_sums(args->norm_behind) && has_sums(args->norm_in_front);
+           is_aligned(args->norm_behind) && is_aligned(args->norm_in_front);
 }
 
 bool ts_cuda_linear_fuses_norm(const ts_device *base, const ts_tensor *front_w, const ts_tensor *behind_w) {

@@ -7,17 +7,14 @@
 // has the weights of the next product brought into L2, since memory is idle while products read L2; another warp asks
 // for x, once the kernel in front has ended.
 //
-// RMSNorms between products (ts_fused_norm) are done where sums are finished: the product in front adds to the stream
-// and squares, 16 columns at a time, whatever the block; the product behind adds those up while its x comes.
-//
 // Bound by what L2 gives a multiprocessor: a block reads its rows of w and of x, for its parts.
 #ifndef TS_CUDA_LINEAR_FEW_KERNEL_CUH
 #define TS_CUDA_LINEAR_FEW_KERNEL_CUH
 
+#include "kernels/cuda/linear/linear_few_norm.cuh"
 #include "kernels/cuda/primitives/activation.cuh"
 #include "kernels/cuda/primitives/dependent_launch.cuh"
 #include "kernels/cuda/primitives/tensor_copy.cuh"
-#include "kernels/ops.h"
 
 namespace ts {
 
@@ -33,17 +30,6 @@ constexpr int kFewBarrierBytes = 1024;                         // barriers and s
 
 struct FewMaps {
     CUtensorMap w, x, y;
-};
-
-// A norm in front of the product or behind it: ts_fused_norm. sums NULL: there is none.
-struct FewNorm {
-    float *stream;
-    int64_t stream_stride;
-    const float *weight;
-    float *sums;
-    int64_t sums_stride;
-    int n_sums; // of a token: a multiple of 4
-    float columns, eps;
 };
 
 struct FewArgs {
@@ -166,36 +152,6 @@ __device__ __forceinline__ uint32_t few_unit(uint32_t out, int row_bytes, int to
     return row_bytes == kPanelRowBytes ? panel_unit(out, token, unit) : out + token * row_bytes + unit * 16;
 }
 
-// Scales of a norm's rows for the tokens of a block, by the warps that multiply while x comes. Half a warp adds up a
-// token's sums, in one order whatever the block.
-template <int kTokens>
-__device__ __forceinline__ void few_scales(const FewNorm &norm, int warp, int first, int end, float *to) {
-    constexpr int kOf = kTokens / (2 * kFewWarps); // tokens of half a warp
-    const int lane = lane_id(), token = (2 * warp + lane / 16) * kOf;
-    float sum[kOf] = {};
-    for (int k = lane % 16 * 4; k < norm.n_sums; k += 64) {
-        float4 x[kOf];
-#pragma unroll
-        for (int i = 0; i < kOf; i++) {
-            x[i] = make_float4(0, 0, 0, 0);
-            if (first + token + i < end)
-                x[i] = *(const float4 *)(norm.sums + (first + token + i) * norm.sums_stride + k);
-        }
-#pragma unroll
-        for (int i = 0; i < kOf; i++)
-            sum[i] += x[i].x + x[i].y + (x[i].z + x[i].w);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kOf; i++) {
-#pragma unroll
-        for (int step = 8; step > 0; step /= 2)
-            sum[i] += __shfl_xor_sync(~0u, sum[i], step);
-        if (lane % 16 == 0)
-            to[token + i] = rsqrtf(sum[i] / norm.columns + norm.eps);
-    }
-}
-
 // Of the warps that multiply.
 __device__ __forceinline__ void few_sync() {
     asm volatile("bar.sync 1, %0;" ::"n"(32 * kFewWarps) : "memory");
@@ -243,49 +199,18 @@ __device__ __forceinline__ float gelu_tanh_fast(float x) {
     return __fdividef(x, 1.0f + exp2_fast(x * (c + c * 0.044715f * x * x)));
 }
 
-// Of tokens t and t + 1 and rows r and r + 8 of w, as a lane has them of 8 tokens from `token` on and 16 rows from
-// `row` on: what the stream behind has there, or zeros.
-__device__ __forceinline__ float4 few_stream(const FewArgs &a, int row, int token) {
-    const int t = token + lane_id() % 4 * 2;
-    const float *at = a.behind.stream + t * a.behind.stream_stride + row + lane_id() / 4;
-    float4 x = make_float4(0, 0, 0, 0);
-    if (row < a.n && t < a.n_tokens)
-        x.x = at[0], x.z = at[8];
-    if (row < a.n && t + 1 < a.n_tokens)
-        x.y = at[a.behind.stream_stride], x.w = at[a.behind.stream_stride + 8];
-    return x;
+// As BF16 to [tokens, 16 or more rows] in shared memory: `to` is this lane's row of a matrix.
+__device__ __forceinline__ void few_store(const float4 &c, uint32_t to) {
+#if TS_HAS_WGMMA
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(pack_bf16(c.x, c.y)),
+                 "r"(pack_bf16(c.z, c.w))
+                 : "memory");
+#endif
 }
 
-// c and the stream, whose sum becomes the stream; sums of its squares over the 16 rows; then h, c.
-__device__ __forceinline__ void few_norm(const FewArgs &a, float4 &c, const float4 &stream, int row, int token) {
-    const int lane = lane_id(), t = token + lane % 4 * 2, r = row + lane / 4;
-    const bool first = row < a.n && t < a.n_tokens, second = row < a.n && t + 1 < a.n_tokens;
-    float *at = a.behind.stream + t * a.behind.stream_stride + r;
-    c.x += stream.x, c.y += stream.y, c.z += stream.z, c.w += stream.w;
-    if (first)
-        at[0] = c.x, at[8] = c.z;
-    if (second)
-        at[a.behind.stream_stride] = c.y, at[a.behind.stream_stride + 8] = c.w;
-    // The compiler is not to choose which product is rounded: it could choose otherwise for another number of tokens.
-    float x = __fmaf_rn(c.x, c.x, __fmul_rn(c.z, c.z)), y = __fmaf_rn(c.y, c.y, __fmul_rn(c.w, c.w));
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
-        x += __shfl_xor_sync(~0u, x, step);
-        y += __shfl_xor_sync(~0u, y, step);
-    }
-    float *sums = a.behind.sums + t * a.behind.sums_stride + row / TS_NORM_COLUMNS;
-    if (first && lane < 4)
-        sums[0] = x;
-    if (second && lane < 4)
-        sums[a.behind.sums_stride] = y;
-    const float w0 = row < a.n ? a.behind.weight[r] : 0.0f, w1 = row < a.n ? a.behind.weight[r + 8] : 0.0f;
-    c.x *= w0, c.y *= w0, c.z *= w1, c.w *= w1;
-}
-
-// Those numbers of the product, finished, as BF16 to out [tokens, 16 or more rows] in shared memory: `to` is this
-// lane's row of a matrix. scales: of the 8 tokens.
-__device__ __forceinline__ void few_finish(const FewArgs &a, float4 c, const float4 &stream, const float *scales,
-                                           int row, int token, uint32_t to) {
+// Numbers of tokens t and t + 1 for rows r and r + 8 of w, as a lane has them of 8 tokens and 16 rows from `row` on,
+// finished. scales: of the tokens.
+__device__ __forceinline__ float4 few_finish(const FewArgs &a, float4 c, const float *scales, int row) {
     const int lane = lane_id();
     float b0 = 0, b1 = 0;
     if (a.bias) {
@@ -302,16 +227,11 @@ __device__ __forceinline__ void few_finish(const FewArgs &a, float4 c, const flo
     }
     if (a.gelu)
         c = make_float4(gelu_tanh_fast(c.x), gelu_tanh_fast(c.y), gelu_tanh_fast(c.z), gelu_tanh_fast(c.w));
-    if (a.behind.sums)
-        few_norm(a, c, stream, row, token);
-#if TS_HAS_WGMMA
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(pack_bf16(c.x, c.y)),
-                 "r"(pack_bf16(c.z, c.w))
-                 : "memory");
-#endif
+    return c;
 }
 
-template <int kTokens, int kOwn>
+// kBehind: a norm follows, which has no bias, activation or norm in front beside it.
+template <int kTokens, int kOwn, bool kBehind>
 __global__ void __launch_bounds__(kFewThreads, 1) linear_few(const __grid_constant__ FewMaps maps, const FewArgs a) {
 #if TS_HAS_WGMMA
     extern __shared__ __align__(1024) unsigned char few_shared[];
@@ -369,24 +289,19 @@ __global__ void __launch_bounds__(kFewThreads, 1) linear_few(const __grid_consta
         float c[kBlocks][4], pair[kBlocks][4], sum[kBlocks][4]; // of a part, of two, of those before
         few_place w_at, x_at;
         int i = 0, last_w = 0, last_x = 0;
-        // What this warp finishes: `block` is one of 8 tokens, `group` one of 16 rows of the block's own.
-        const int own_warps = kFewWarps / a.cluster_size;
-        const auto block_of = [&](int i) { return a.cluster_size == 1 ? i : (warp + i * kFewWarps) % kBlocks; };
-        const auto group_of = [&](int i) { return a.cluster_size == 1 ? warp : (warp + i * kFewWarps) / kBlocks; };
-        const auto row_of = [&](int i) { return first_row + 16 * (rank * own_warps + group_of(i)); };
-        const auto token_of = [&](int i) { return first_token + 8 * block_of(i); };
-        float4 stream[kBlocks];
+        const int own_warps = kFewWarps / a.cluster_size; // whose rows this block finishes
+        const int own_row = first_row + 16 * rank * own_warps, n_valid = a.n_tokens - first_token;
+        const FewStream stream = {a.behind,    (float *)(few_shared + (x_panels - shared) + a.x_stages * kTokenBytes),
+                                  kTokens,     16 * own_warps,
+                                  first_token, n_valid,
+                                  own_row,     a.n};
         few_meet(a.cluster_size);
-        if (a.in_front.sums) {
+        if (kBehind) {
             wait_for_front();
-            few_scales<kTokens>(a.in_front, warp, first_token, a.n_tokens, scales);
-        }
-        if (a.behind.sums) {
+            stream.ask(threadIdx.x, 32 * kFewWarps);
+        } else if (a.in_front.sums) {
             wait_for_front();
-#    pragma unroll
-            for (int i = 0; i < kBlocks; i++)
-                if (group_of(i) < own_warps)
-                    stream[i] = few_stream(a, row_of(i), token_of(i));
+            few_scales<kTokens, kFewWarps>(a.in_front, warp, first_token, n_valid, scales);
         }
 #    pragma unroll
         for (int q = 0; q < kOwn; q++) {
@@ -423,53 +338,68 @@ __global__ void __launch_bounds__(kFewThreads, 1) linear_few(const __grid_consta
                 }
             }
         }
-        // Everything that was asked for has come and been read: the stages hold sums and y now.
-        const int row_bytes = 32 * own_warps; // of y
-        uint32_t out = x_panels;
-        const auto finish = [&](int i, float4 total) {
-            few_finish(a, total, stream[i], scales + 8 * block_of(i), row_of(i), token_of(i),
-                       few_unit(out, row_bytes, 8 * block_of(i) + lane % 8, 2 * group_of(i) + lane / 8 % 2));
+        // Everything that was asked for has come and been read: the stages hold sums and y now. Sums go by items of 16
+        // rows and 8 tokens.
+        const int row_bytes = 32 * own_warps, n_items = own_warps * kBlocks; // of y
+        const bool is_shared = kBehind || a.cluster_size > 1;                // sums go by shared memory
+        const uint32_t out = is_shared ? w_panels + kTokens * 256 : x_panels;
+        const auto place_of = [&](int item) {
+            return few_unit(out, row_bytes, item % kBlocks * 8 + lane % 8, item / kBlocks * 2 + lane / 8 % 2);
         };
         few_sync(); // scales are there, and x has been read
-        if (a.cluster_size == 1) {
+        if (!is_shared) {
 #    pragma unroll
             for (int j = 0; j < kBlocks; j++)
-                finish(j, make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]));
+                few_store(few_finish(a, make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]), scales + 8 * j,
+                                     own_row + 16 * warp),
+                          place_of(warp * kBlocks + j));
         } else {
             // The sums of rows 16 * warp ... go to the block that finishes those.
             const int owner = warp / own_warps;
-            const uint32_t at = w_panels + ((rank * own_warps + warp % own_warps) * kBlocks * 32 + lane) * 16;
-            const uint32_t to = in_block(at, owner), counter = in_block(all_sums, owner);
-            cluster_sync_relaxed(); // the loading warps have ended: those that multiply are all that are left
+            const uint32_t at = w_panels + (rank * n_items + warp % own_warps * kBlocks) * 512 + lane * 16;
+            if (a.cluster_size > 1) {
+                const uint32_t to = in_block(at, owner), counter = in_block(all_sums, owner);
+                cluster_sync_relaxed(); // the loading warps have ended: those that multiply are all that are left
 #    pragma unroll
-            for (int j = 0; j < kBlocks; j++)
-                send(to + j * 512, __float_as_uint(sum[j][0]), __float_as_uint(sum[j][1]), __float_as_uint(sum[j][2]),
-                     __float_as_uint(sum[j][3]), counter);
-            out = w_panels + kTokens * 256;
-            wait_phase(all_sums, 0);
+                for (int j = 0; j < kBlocks; j++)
+                    send(to + j * 512, __float_as_uint(sum[j][0]), __float_as_uint(sum[j][1]),
+                         __float_as_uint(sum[j][2]), __float_as_uint(sum[j][3]), counter);
+                wait_phase(all_sums, 0);
+            } else {
 #    pragma unroll
-            for (int i = 0; i < kBlocks; i++) {
-                const int item = warp + i * kFewWarps;
-                if (item >= own_warps * kBlocks)
-                    break;
-                float4 parts[kFewMostParts] = {};
-#    pragma unroll
-                for (int p = 0; p < kFewMostParts; p++)
-                    if (p < a.cluster_size)
-                        parts[p] =
-                            as_floats(load_shared16(w_panels + ((p * own_warps * kBlocks + item) * 32 + lane) * 16));
-                float4 total = plus(parts[0], parts[1]);
+                for (int j = 0; j < kBlocks; j++)
+                    store_shared16(at + j * 512, make_uint4(__float_as_uint(sum[j][0]), __float_as_uint(sum[j][1]),
+                                                            __float_as_uint(sum[j][2]), __float_as_uint(sum[j][3])));
+            }
+            if (kBehind) {
+                copy_wait<0>();
+                few_sync();
+            }
+#    pragma unroll 2
+            for (int item = warp; item < n_items; item += kFewWarps) {
+                const auto part = [&](int p) {
+                    return as_floats(load_shared16(w_panels + (p * n_items + item) * 512 + lane * 16));
+                };
+                float4 total = part(0);
+                if (a.cluster_size > 1)
+                    total = plus(total, part(1));
                 if (a.cluster_size == kFewMostParts)
-                    total = plus(total, plus(parts[2], parts[3]));
-                finish(i, total);
+                    total = plus(total, plus(part(2), part(3)));
+                if (kBehind)
+                    stream.finish(total, item % kBlocks * 8, item / kBlocks * 16);
+                else
+                    total = few_finish(a, total, scales + item % kBlocks * 8, own_row + item / kBlocks * 16);
+                few_store(total, place_of(item));
             }
         }
         publish_to_wgmma();
         few_sync();
         if (threadIdx.x == 0) {
-            tensor_store(maps.y, first_row + 16 * rank * own_warps, first_token, out);
+            tensor_store(maps.y, own_row, first_token, out);
             tensor_store_wait();
         }
+        if (kBehind)
+            stream.leave(threadIdx.x, 32 * kFewWarps);
     }
 #endif
 }
