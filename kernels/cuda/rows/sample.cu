@@ -14,6 +14,7 @@
 // Bound by reading the row where nothing filters, else by the instructions of one pass with an exponential per token
 // for the histogram, top_p and the draw each.
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/primitives/matrix.cuh"
 
 #include <cfloat>
 #include <climits>
@@ -127,33 +128,53 @@ __device__ __forceinline__ void larger_of_lanes(float *best, int *at) {
     }
 }
 
-// The largest of the row and the smallest token that has it; with After, among those that stand after (key, token) in
-// falling order. token -1 where there is none. NaN and +infinity make *bad.
-template <bool After>
-__device__ void block_largest(const row_view &row, uint32_t after_key, int after_token, shared_state &s, float *largest,
-                              int *token, bool *bad) {
-    float best = -INFINITY;
-    int at = INT_MAX;
+// Of a thread's tokens, taken as they rise: the largest and the first that has it. NaN and +infinity are wrong.
+struct largest_so_far {
+    float value = -INFINITY;
+    int token = INT_MAX;
     bool wrong = false;
-    row.for_each([&](int i, float v) {
+
+    __device__ __forceinline__ void take(int i, float v) {
         wrong |= !(v < INFINITY);
-        if (After) {
-            const uint32_t key = key_of(v);
-            if (key > after_key || (key == after_key && i <= after_token))
-                return;
-        }
-        if (v > best || at == INT_MAX)
-            best = v, at = i;
-    });
-    larger_of_lanes(&best, &at);
+        if (v > value || token == INT_MAX)
+            value = v, token = i;
+    }
+};
+
+// The largest of the row and the smallest token that has it, or -1 where no thread has any. bad: a token is wrong.
+struct row_largest {
+    float value;
+    int token;
+    bool bad;
+};
+
+__device__ row_largest block_largest(largest_so_far x, shared_state &s) {
+    larger_of_lanes(&x.value, &x.token);
     __syncthreads();
     if (threadIdx.x % 32 == 0)
-        s.largest[threadIdx.x / 32] = best, s.place[threadIdx.x / 32] = at;
-    *bad = __syncthreads_or(wrong);
-    best = s.largest[threadIdx.x % 32], at = s.place[threadIdx.x % 32];
-    larger_of_lanes(&best, &at);
-    *largest = best;
-    *token = at == INT_MAX ? -1 : at;
+        s.largest[threadIdx.x / 32] = x.value, s.place[threadIdx.x / 32] = x.token;
+    const bool bad = __syncthreads_or(x.wrong);
+    x.value = s.largest[threadIdx.x % 32], x.token = s.place[threadIdx.x % 32];
+    larger_of_lanes(&x.value, &x.token);
+    return {x.value, x.token == INT_MAX ? -1 : x.token, bad};
+}
+
+__device__ row_largest find_largest(const row_view &row, shared_state &s) {
+    largest_so_far best;
+    row.for_each([&](int i, float v) { best.take(i, v); });
+    return block_largest(best, s);
+}
+
+// Among those that stand after `last` in falling order.
+__device__ row_largest find_next(const row_view &row, const row_largest &last, shared_state &s) {
+    largest_so_far best;
+    const uint32_t last_key = key_of(last.value);
+    row.for_each([&](int i, float v) {
+        const uint32_t key = key_of(v);
+        if (key < last_key || (key == last_key && i > last.token))
+            best.take(i, v);
+    });
+    return block_largest(best, s);
 }
 
 // The first token, in order of tokens, with which the sum of weight(x) passes `target`, which is below the whole sum.
@@ -405,16 +426,48 @@ __device__ int choose(const ts_sample_row &row, const row_view &view, int greedy
     return find<false>(view, s, min((uint64_t)(row.draw * (double)kept), kept - 1), total).token;
 }
 
-// The whole row into shared memory, all of it in flight at once.
-__device__ void stage(const row_view &row, float *staged) {
-    for (int i = threadIdx.x; i < row.n_fours; i += kThreads)
-        asm volatile(
-            "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(staged + 4 * i)),
-            "l"(row.x + 4 * i));
-    for (int i = 4 * row.n_fours + threadIdx.x; i < row.n; i += kThreads)
-        staged[i] = row.x[i];
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+// A row on its way into shared memory, all of it in flight at once, in groups that are waited for one after the other.
+struct row_copy {
+    static constexpr int kGroups = 4;
+    const row_view &row;
+    float *staged;
+
+    // f(i) for this thread's fours of a group: the last has what is left.
+    template <typename F> __device__ __forceinline__ void for_fours(int group, F f) const {
+        constexpr int kEach = 4 * kThreads;
+        const int end = group + 1 < kGroups ? min(row.n_fours, (group + 1) * kEach) : row.n_fours;
+        for (int i = (int)threadIdx.x + group * kEach; i < end; i += kThreads)
+            f(i);
+    }
+    __device__ __forceinline__ void ask() const {
+        for (int group = 0; group < kGroups; group++) {
+            for_fours(group, [&](int i) { ts::copy_async(ts::shared_address(staged + 4 * i), row.x + 4 * i); });
+            ts::copy_commit();
+        }
+        for (int i = 4 * row.n_fours + (int)threadIdx.x; i < row.n; i += kThreads)
+            staged[i] = row.x[i];
+    }
+    template <int kGroup> __device__ __forceinline__ void take(largest_so_far &best) const {
+        ts::copy_wait<kGroups - 1 - kGroup>();
+        for_fours(kGroup, [&](int i) {
+            const float4 v = reinterpret_cast<const float4 *>(staged)[i];
+            best.take(4 * i, v.x), best.take(4 * i + 1, v.y), best.take(4 * i + 2, v.z), best.take(4 * i + 3, v.w);
+        });
+    }
+};
+
+// Stages the row; its largest is sought in what has come while the rest is under way. A thread reads what it copied.
+__device__ row_largest stage(const row_view &row, float *staged, shared_state &s) {
+    const row_copy copy = {row, staged};
+    largest_so_far best;
+    copy.ask();
+    copy.take<0>(best);
+    copy.take<1>(best);
+    copy.take<2>(best);
+    copy.take<3>(best);
+    for (int i = 4 * row.n_fours + (int)threadIdx.x; i < row.n; i += kThreads)
+        best.take(i, staged[i]);
+    return block_largest(best, s); // in which all meet
 }
 
 template <bool IsStaged>
@@ -426,45 +479,47 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     float *x = (float *)a.logits.data + blockIdx.x * a.logits.stride;
     ts_sample_result *out = a.results + blockIdx.x;
     row_view view = {x, n, (uintptr_t)x % sizeof(float4) == 0 ? n / 4 : 0};
+    row_largest raw = {};
     if constexpr (IsStaged) {
-        stage(view, (float *)staged);
+        raw = stage(view, (float *)staged, s);
         x = (float *)staged;
         view = {x, n, n / 4};
+    } else if (row.n_logprobs >= 0 || row.n_changes == 0) { // else nobody asks
+        raw = find_largest(view, s);
     }
-    float largest, raw_largest = 0;
-    int greedy;
-    bool bad;
     uint64_t raw_total = 1;
     if (row.n_logprobs >= 0) { // as the model sees it, before anything is changed
-        block_largest<false>(view, 0, 0, s, &raw_largest, &greedy, &bad);
-        view.set_scale(raw_largest, 1);
+        view.set_scale(raw.value, 1);
         uint64_t sum = 0, unused = 0;
         view.for_each([&](int, float v) { sum += view.mass(v); });
         block_sums(&sum, &unused, s);
         raw_total = sum;
-        float value = raw_largest;
-        int token = greedy, n_top = 0;
-        while (n_top < row.n_logprobs && token >= 0) {
+        row_largest next = raw;
+        int n_top = 0;
+        while (n_top < row.n_logprobs && next.token >= 0) {
             if (tid == 0)
-                out->top_tokens[n_top] = token, out->top_logits[n_top] = value;
+                out->top_tokens[n_top] = next.token, out->top_logits[n_top] = next.value;
             if (++n_top < row.n_logprobs)
-                block_largest<true>(view, key_of(value), token, s, &value, &token, &bad);
+                next = find_next(view, next, s);
         }
         if (tid == 0)
             out->n_top = n_top;
         __syncthreads();
     }
-    adjust(a, row, x);
-    block_largest<false>(view, 0, 0, s, &largest, &greedy, &bad);
+    row_largest top = raw;
+    if (row.n_changes > 0) {
+        adjust(a, row, x);
+        top = find_largest(view, s);
+    }
     int token = -1;
-    if (!bad && largest > -INFINITY) {
-        view.set_scale(largest, row.temperature > 0 ? row.temperature : 1);
-        token = choose(row, view, greedy, s);
+    if (!top.bad && top.value > -INFINITY) {
+        view.set_scale(top.value, row.temperature > 0 ? row.temperature : 1);
+        token = choose(row, view, top.token, s);
     }
     if (tid == 0) {
         out->token = token;
         out->logit = token >= 0 ? raw_of(a, row, x, token) : 0.0f;
-        out->log_total = (double)raw_largest + log((double)raw_total / (double)kOne);
+        out->log_total = (double)raw.value + log((double)raw_total / (double)kOne);
     }
 }
 
