@@ -56,10 +56,6 @@ __device__ __forceinline__ int cluster_rank() {
     return (int)rank;
 }
 
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
-}
-
 __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -34,6 +34,11 @@ __device__ __forceinline__ bool elect() {
     return is_elected;
 }
 
+// n: arrivals that end a phase.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int n) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t n) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
 }
@@ -61,13 +66,6 @@ __device__ __forceinline__ void wait_phase(uint32_t barrier, int parity) {
                      : "memory");
     } while (!done);
     __syncwarp();
-}
-
-__device__ __forceinline__ void send_bulk(uint32_t to, uint32_t from, uint32_t n, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "r"(from), "r"(n), "r"(barrier)
-        : "memory");
 }
 
 __device__ __forceinline__ void send(uint32_t to, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {

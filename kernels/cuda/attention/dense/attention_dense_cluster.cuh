@@ -308,8 +308,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     publish_to_wgmma();
     if (threadIdx.x == 0) {
         auto begin = [](const uint64_t &barrier, int n_arrivals) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)
-                         : "memory");
+            init_barrier(shared_address(&barrier), n_arrivals);
         };
         for (int stage = 0; stage < 2; stage++) {
             for (int from = 0; from < kClusterBlocks; from++)

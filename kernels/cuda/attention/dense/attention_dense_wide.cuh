@@ -247,7 +247,7 @@ __device__ __forceinline__ void run_wide_worker(const DenseArgs &a, const CUtens
                 const int t1 = made_here(thread), group = t1 / 128;
 #pragma unroll
                 for (int b = 0; b < 2; b++)
-                    mask_wide_weights(&fw[4 * b], weights[b], t1 & 31, b < group ? 4 : b > group ? -1 : t1 / 32 % 4);
+                    mask_weights(&fw[4 * b], weights[b], t1 & 31, b < group ? 4 : b > group ? -1 : t1 / 32 % 4);
             }
             if (is_last)
                 wait_next();
@@ -391,8 +391,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     publish_to_wgmma();
     if (threadIdx.x == 0) {
         const auto begin = [](const uint64_t &barrier, int n_arrivals) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(n_arrivals)
-                         : "memory");
+            init_barrier(shared_address(&barrier), n_arrivals);
         };
         for (int from = 0; from < kClusterBlocks; from++)
             begin(shared.inbox_full[from], 2); // each warp of the recurrence

@@ -175,22 +175,6 @@ __device__ __forceinline__ void send_wide_rows(const WideShared &shared, const W
                x.s[i][p][h], shared_address(&shared.inbox_full[block]) + to_block);
 }
 
-// Fragments of the weights of 64 keys, which have their decay: those later than the warp's 16 queries become 0. Queries
-// are the keys' rows 16 warp ..., all later where warp is 4, all earlier where it is -1.
-__device__ __forceinline__ void mask_wide_weights(uint32_t (*f)[4], const Accumulator &weights, int lane, int warp) {
-    const int row = lane / 4, column = 2 * (lane % 4);
-    const uint32_t diagonal = (column <= row ? 0xffffu : 0) | (column < row ? 0xffff0000u : 0);
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-        const uint32_t whole = t <= warp ? ~0u : 0, before = t < warp ? ~0u : 0, own = before | (diagonal & whole);
-        const float(*x)[4] = &weights[2 * t];
-        f[t][0] = pack_bf16(x[0][0], x[0][1]) & own;
-        f[t][1] = pack_bf16(x[0][2], x[0][3]) & whole;
-        f[t][2] = pack_bf16(x[1][0], x[1][1]) & before;
-        f[t][3] = pack_bf16(x[1][2], x[1][3]) & own;
-    }
-}
-
 // The same of weights without decay; log_decay: c of the keys, c0 and c1 those of this lane's rows.
 __device__ __forceinline__ void decay_wide_weights(Accumulator &weights, const float *log_decay, float c0, float c1) {
     const int lane = threadIdx.x & 31;
