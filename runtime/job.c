@@ -13,6 +13,7 @@ enum { LOOK_MS = 2 }; // between looks at the input and at the others
 typedef struct replica_share {
     int64_t n_wanted;  // lines it has asked for and not got
     int64_t n_working; // lines it has got and not reported
+    int64_t n_given;   // lines it has got in all
     bool told_end, ended;
     bool reported; // it has asked at least once
 } replica_share;
@@ -117,17 +118,6 @@ done:
     return status;
 }
 
-// The other replica that wants work and has least of it, if it has less than `most`; -1 otherwise.
-static int neediest(const ts_job *job, int64_t most) {
-    int best = -1;
-    for (int r = 1; r < ts_group_size(job->leaders); r++)
-        if (job->shares[r].n_wanted > 0 && job->shares[r].n_working < most) {
-            best = r;
-            most = job->shares[r].n_working;
-        }
-    return best;
-}
-
 static bool all_reported(const ts_job *job) {
     for (int r = 1; r < ts_group_size(job->leaders); r++)
         if (!job->shares[r].reported)
@@ -135,8 +125,31 @@ static bool all_reported(const ts_job *job) {
     return true;
 }
 
-// Takes what the others have sent, and gives work to those who want it and have less than `most`.
-static ts_status serve(ts_job *job, int64_t most) {
+// Whoever has less to do goes first, and of two who have the same, whoever has got less so far.
+static bool goes_before(const replica_share *a, const replica_share *b) {
+    return a->n_working != b->n_working ? a->n_working < b->n_working : a->n_given < b->n_given;
+}
+
+static void count_given(replica_share *share) {
+    share->n_working++;
+    share->n_given++;
+}
+
+// The replica other than rank 0's that goes first among those that want work; -1 if none does, or `limit` goes before
+// it. Until all have asked, nobody gets more than a window: the last to come must find some left.
+static int neediest(const ts_job *job, const replica_share *limit) {
+    const int64_t most_given = all_reported(job) ? INT64_MAX : job->options.window;
+    int best = -1;
+    for (int r = 1; r < ts_group_size(job->leaders); r++) {
+        const replica_share *share = &job->shares[r];
+        if (share->n_wanted > 0 && share->n_given < most_given && (best < 0 || goes_before(share, &job->shares[best])))
+            best = r;
+    }
+    return best > 0 && limit && goes_before(limit, &job->shares[best]) ? -1 : best;
+}
+
+// Takes what the others have sent, and gives work to those who want it before `limit`; with NULL, to all who want it.
+static ts_status serve(ts_job *job, const replica_share *limit) {
     ts_status status = TS_OK;
     ts_request *request = NULL;
     for (bool got = ts_group_size(job->leaders) > 1; got;) {
@@ -145,7 +158,7 @@ static ts_status serve(ts_job *job, int64_t most) {
         if (got)
             TS_TRY(take_report(job, from));
     }
-    for (int r; (r = neediest(job, most)) > 0 && !job->input_ended;) {
+    for (int r; (r = neediest(job, limit)) > 0 && !job->input_ended;) {
         TS_TRY(read_request(job, 0, &request));
         if (!request)
             break;
@@ -154,7 +167,7 @@ static ts_status serve(ts_job *job, int64_t most) {
         work.text.data = (uint8_t *)(uintptr_t)ts_job_reader_last_line(job->reader, &work.text.len);
         TS_TRY(post_work(job, r, &work));
         job->shares[r].n_wanted--;
-        job->shares[r].n_working++;
+        count_given(&job->shares[r]);
         ts_request_free(request);
         request = NULL;
     }
@@ -173,17 +186,18 @@ done:
 static ts_status root_next(void *context, bool wait, ts_request **request, bool *end) {
     ts_status status = TS_OK;
     ts_job *job = context;
+    replica_share *own = &job->shares[0];
     *request = NULL;
     for (;;) {
-        // Replicas get lines in turn: whoever has less goes first.
-        TS_TRY(serve(job, job->shares[0].n_working + 1));
+        TS_TRY(serve(job, own));
         if (all_reported(job))
             TS_TRY(read_request(job, wait ? LOOK_MS : 0, request));
         if (*request || job->input_ended || (!wait && all_reported(job)))
             break;
     }
-    job->shares[0].n_working += *request != NULL;
-    TS_TRY(serve(job, job->input_ended ? INT64_MAX : job->shares[0].n_working + 1));
+    if (*request)
+        count_given(own);
+    TS_TRY(serve(job, job->input_ended ? NULL : own));
     *end = job->input_ended;
 done:
     return status;
@@ -202,7 +216,7 @@ static ts_status root_tick(void *context, int64_t n_prompt_tokens, int64_t n_gen
     job->progress.n_generated += n_generated;
     job->progress.n_own_tokens += n_prompt_tokens + n_generated;
     job->progress.n_own_ahead = n_ahead;
-    TS_TRY(serve(job, INT64_MAX));
+    TS_TRY(serve(job, NULL));
     if (job->options.progress)
         job->options.progress(job->options.context, &job->progress);
 done:
@@ -213,7 +227,7 @@ static ts_status root_finish(ts_job *job) {
     ts_status status = TS_OK;
     for (;;) {
         bool all_ended = true;
-        TS_TRY(serve(job, INT64_MAX));
+        TS_TRY(serve(job, NULL));
         for (int r = 1; r < ts_group_size(job->leaders); r++)
             all_ended = all_ended && job->shares[r].ended;
         if (job->options.progress)

@@ -19,6 +19,7 @@ typedef struct test_job {
     int n_lines, bad_every, refused_every;
     int32_t window, capacity; // lines asked for ahead, and held at once
     bool is_pipe;
+    bool last_is_late; // the last replica asks when the others have long been at work
 } test_job;
 
 static bool is_bad(const test_job *t, int line) {
@@ -132,8 +133,9 @@ static void check_output(checker *c, const test_job *t, const char *path, const 
     }
     const int n_good = t->n_lines - n_bad, n_replicas = ts_group_size(c->world);
     CHECK(c, n_bad_records == n_bad, "%s: %d records of %d bad lines", t->name, n_bad_records, n_bad);
-    // Lines are dealt in turn before anybody gets a second one. From a slow pipe rank 0, idle as the others, takes
-    // them; where the windows of some cover the whole job, those that come late find nothing left.
+    // Until all have asked, nobody gets more than a window, and then those who have got nothing go first. From a slow
+    // pipe rank 0, idle as the others, takes them; where the windows of some cover the whole job, those that come late
+    // find nothing left.
     for (int r = 0; r < n_replicas && n_good >= n_replicas * t->window && !t->is_pipe; r++)
         CHECK(c, n_of_replica[r] > 0, "%s: replica %d got nothing of %d", t->name, r, n_good);
     CHECK(c, p->n_done == t->n_lines, "%s: %lld done of %d", t->name, (long long)p->n_done, t->n_lines);
@@ -183,6 +185,8 @@ static void run(checker *c, const test_job *t) {
         const ts_job_options options = {w.path, output, folder, t->window, &watching, check_progress};
         CHECK_OK(c, ts_job_create_root(c->world, &options, &job));
     } else {
+        if (t->last_is_late && ts_group_rank(c->world) == ts_group_size(c->world) - 1)
+            usleep(30000);
         CHECK_OK(c, ts_job_create_remote(c->world, t->window, &job));
     }
     int64_t n_ended = consume(c, t, ts_job_for_engine(job));
@@ -205,16 +209,18 @@ static void run(checker *c, const test_job *t) {
 
 int main(int argc, char **argv) {
     static const test_job jobs[] = {
-        {"nothing", 0, 0, 0, 2, 4, false},
-        {"one line", 1, 0, 0, 2, 4, false},
-        {"a line a replica", 4, 0, 0, 1, 1, false},
-        {"bad lines only", 20, 1, 0, 2, 4, false},
-        {"a mixture", N_MOST, 7, 5, 3, 8, false},
-        {"one at a time", 100, 3, 4, 1, 1, false},
-        {"a window wider than the job", 30, 0, 0, 64, 32, false},
-        {"a slow pipe", 60, 7, 5, 2, 3, true},
-        {"a slow pipe, one at a time", 20, 0, 0, 1, 1, true},
-        {"an empty pipe", 0, 0, 0, 2, 2, true},
+        {"nothing", 0, 0, 0, 2, 4, false, false},
+        {"one line", 1, 0, 0, 2, 4, false, false},
+        {"a line a replica", 4, 0, 0, 1, 1, false, false},
+        {"bad lines only", 20, 1, 0, 2, 4, false, false},
+        {"a mixture", N_MOST, 7, 5, 3, 8, false, false},
+        {"one at a time", 100, 3, 4, 1, 1, false, false},
+        {"a window wider than the job", 30, 0, 0, 64, 32, false, false},
+        {"a slow pipe", 60, 7, 5, 2, 3, true, false},
+        {"a slow pipe, one at a time", 20, 0, 0, 1, 1, true, false},
+        {"an empty pipe", 0, 0, 0, 2, 2, true, false},
+        {"a late replica", 12, 0, 0, 3, 4, false, true},
+        {"a late replica and a line for each", 4, 0, 0, 1, 1, false, true},
     };
     checker c = {0};
     if (ts_world_create_mpi(&argc, &argv, &c.world) != TS_OK) {
