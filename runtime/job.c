@@ -183,6 +183,10 @@ done:
     return status;
 }
 
+static void sleep_between_looks(void) {
+    nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
+}
+
 static ts_status root_next(void *context, bool wait, ts_request **request, bool *end) {
     ts_status status = TS_OK;
     ts_job *job = context;
@@ -192,6 +196,8 @@ static ts_status root_next(void *context, bool wait, ts_request **request, bool 
         TS_TRY(serve(job, own));
         if (all_reported(job))
             TS_TRY(read_request(job, wait ? LOOK_MS : 0, request));
+        else
+            sleep_between_looks();
         if (*request || job->input_ended || (!wait && all_reported(job)))
             break;
     }
@@ -234,8 +240,7 @@ static ts_status root_finish(ts_job *job) {
             job->options.progress(job->options.context, &job->progress);
         if (all_ended)
             break;
-        // Looks for messages in serve, and in between sleeps: progress goes on while others work.
-        nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
+        sleep_between_looks(); // in serve: progress goes on while others work
     }
     TS_TRY(ts_group_flush(job->leaders));
     TS_TRY(ts_job_writer_finish(job->writer));
