@@ -88,13 +88,12 @@ static ts_status lead(ts_launch *launch, const run_options *options, const ts_re
     ts_group *leaders = ts_grid_leaders(launch->grid);
     ts_engine *engine = NULL;
     ts_job *job = NULL;
-    const int32_t window = limits->max_sequences / 4 + 1;
     const char *temp_directory = getenv("TMPDIR");
     const ts_job_options job_options = {
         .input = options->input,
         .output = options->output,
         .temp_directory = temp_directory ? temp_directory : "/tmp",
-        .window = window,
+        .window = limits->max_sequences / 4 + 1,
         .context = progress,
         .progress = ts_progress_show,
     };
@@ -104,7 +103,7 @@ static ts_status lead(ts_launch *launch, const run_options *options, const ts_re
         ready = ts_job_create_root(leaders, &job_options, &job);
     TS_TRY(ts_launch_agree(launch, ready)); // the files are open on rank 0, or nobody begins
     if (ts_group_rank(leaders) != 0)
-        TS_TRY(ts_job_create_remote(leaders, window, &job));
+        TS_TRY(ts_job_create_remote(leaders, &job));
     TS_TRY(ts_engine_run(engine, ts_job_for_engine(job)));
     TS_TRY(ts_job_finish(job));
     *outcome = *ts_job_progress_of(job);

@@ -11,11 +11,9 @@ enum { LOOK_MS = 2 }; // between looks at the input and at the others
 
 // What rank 0 knows of a replica; its own is number 0.
 typedef struct replica_share {
-    int64_t n_wanted;  // lines it has asked for and not got
+    int64_t n_wanted;  // lines it could take and has not got: a window at first
     int64_t n_working; // lines it has got and not reported
-    int64_t n_given;   // lines it has got in all
     bool told_end, ended;
-    bool reported; // it has asked at least once
 } replica_share;
 
 // A line that came from rank 0 before the engine asked.
@@ -74,7 +72,6 @@ static ts_status take_report(ts_job *job, int from) {
     TS_CHECK(report, TS_ERR_COMM, "job: a report of %zu bytes from replica %d cannot be read", job->message.n_bytes,
              from);
     share->n_wanted += report->n_wanted;
-    share->reported = true;
     share->ended = share->ended || report->end;
     if (report->record.len > 0) {
         share->n_working--;
@@ -118,38 +115,19 @@ done:
     return status;
 }
 
-static bool all_reported(const ts_job *job) {
-    for (int r = 1; r < ts_group_size(job->leaders); r++)
-        if (!job->shares[r].reported)
-            return false;
-    return true;
-}
-
-// Whoever has less to do goes first, and of two who have the same, whoever has got less so far.
-static bool goes_before(const replica_share *a, const replica_share *b) {
-    return a->n_working != b->n_working ? a->n_working < b->n_working : a->n_given < b->n_given;
-}
-
-static void count_given(replica_share *share) {
-    share->n_working++;
-    share->n_given++;
-}
-
-// The replica other than rank 0's that goes first among those that want work; -1 if none does, or `limit` goes before
-// it. Until all have asked, nobody gets more than a window: the last to come must find some left.
-static int neediest(const ts_job *job, const replica_share *limit) {
-    const int64_t most_given = all_reported(job) ? INT64_MAX : job->options.window;
+// The other replica that wants work and has least of it, if it has less than `most`; -1 otherwise.
+static int neediest(const ts_job *job, int64_t most) {
     int best = -1;
-    for (int r = 1; r < ts_group_size(job->leaders); r++) {
-        const replica_share *share = &job->shares[r];
-        if (share->n_wanted > 0 && share->n_given < most_given && (best < 0 || goes_before(share, &job->shares[best])))
+    for (int r = 1; r < ts_group_size(job->leaders); r++)
+        if (job->shares[r].n_wanted > 0 && job->shares[r].n_working < most) {
             best = r;
-    }
-    return best > 0 && limit && goes_before(limit, &job->shares[best]) ? -1 : best;
+            most = job->shares[r].n_working;
+        }
+    return best;
 }
 
-// Takes what the others have sent, and gives work to those who want it before `limit`; with NULL, to all who want it.
-static ts_status serve(ts_job *job, const replica_share *limit) {
+// Takes what the others have sent, and gives work to those who want it and have less than `most`.
+static ts_status serve(ts_job *job, int64_t most) {
     ts_status status = TS_OK;
     ts_request *request = NULL;
     for (bool got = ts_group_size(job->leaders) > 1; got;) {
@@ -158,7 +136,7 @@ static ts_status serve(ts_job *job, const replica_share *limit) {
         if (got)
             TS_TRY(take_report(job, from));
     }
-    for (int r; (r = neediest(job, limit)) > 0 && !job->input_ended;) {
+    for (int r; (r = neediest(job, most)) > 0 && !job->input_ended;) {
         TS_TRY(read_request(job, 0, &request));
         if (!request)
             break;
@@ -167,7 +145,7 @@ static ts_status serve(ts_job *job, const replica_share *limit) {
         work.text.data = (uint8_t *)(uintptr_t)ts_job_reader_last_line(job->reader, &work.text.len);
         TS_TRY(post_work(job, r, &work));
         job->shares[r].n_wanted--;
-        count_given(&job->shares[r]);
+        job->shares[r].n_working++;
         ts_request_free(request);
         request = NULL;
     }
@@ -183,27 +161,17 @@ done:
     return status;
 }
 
-static void sleep_between_looks(void) {
-    nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
-}
-
 static ts_status root_next(void *context, bool wait, ts_request **request, bool *end) {
     ts_status status = TS_OK;
     ts_job *job = context;
-    replica_share *own = &job->shares[0];
     *request = NULL;
-    for (;;) {
-        TS_TRY(serve(job, own));
-        if (all_reported(job))
-            TS_TRY(read_request(job, wait ? LOOK_MS : 0, request));
-        else
-            sleep_between_looks();
-        if (*request || job->input_ended || (!wait && all_reported(job)))
-            break;
-    }
-    if (*request)
-        count_given(own);
-    TS_TRY(serve(job, job->input_ended ? NULL : own));
+    do {
+        // Replicas get lines in turn: whoever has less goes first.
+        TS_TRY(serve(job, job->shares[0].n_working + 1));
+        TS_TRY(read_request(job, wait ? LOOK_MS : 0, request));
+    } while (wait && !*request && !job->input_ended);
+    job->shares[0].n_working += *request != NULL;
+    TS_TRY(serve(job, job->input_ended ? INT64_MAX : job->shares[0].n_working + 1));
     *end = job->input_ended;
 done:
     return status;
@@ -222,7 +190,7 @@ static ts_status root_tick(void *context, int64_t n_prompt_tokens, int64_t n_gen
     job->progress.n_generated += n_generated;
     job->progress.n_own_tokens += n_prompt_tokens + n_generated;
     job->progress.n_own_ahead = n_ahead;
-    TS_TRY(serve(job, NULL));
+    TS_TRY(serve(job, INT64_MAX));
     if (job->options.progress)
         job->options.progress(job->options.context, &job->progress);
 done:
@@ -233,14 +201,15 @@ static ts_status root_finish(ts_job *job) {
     ts_status status = TS_OK;
     for (;;) {
         bool all_ended = true;
-        TS_TRY(serve(job, NULL));
+        TS_TRY(serve(job, INT64_MAX));
         for (int r = 1; r < ts_group_size(job->leaders); r++)
             all_ended = all_ended && job->shares[r].ended;
         if (job->options.progress)
             job->options.progress(job->options.context, &job->progress);
         if (all_ended)
             break;
-        sleep_between_looks(); // in serve: progress goes on while others work
+        // Looks for messages in serve, and in between sleeps: progress goes on while others work.
+        nanosleep(&(struct timespec){.tv_nsec = LOOK_MS * 1000000L}, NULL);
     }
     TS_TRY(ts_group_flush(job->leaders));
     TS_TRY(ts_job_writer_finish(job->writer));
@@ -349,6 +318,8 @@ ts_status ts_job_create_root(ts_group *leaders, const ts_job_options *options, t
     job->for_engine = (ts_engine_job){job, root_next, root_done, root_tick};
     job->shares = calloc((size_t)ts_group_size(leaders), sizeof *job->shares);
     TS_CHECK(job->shares, TS_ERR_MEMORY, "job: out of memory");
+    for (int r = 1; r < ts_group_size(leaders); r++)
+        job->shares[r].n_wanted = options->window;
     TS_TRY(ts_job_reader_create(options->input, options->temp_directory, &job->reader));
     TS_TRY(ts_job_writer_create(options->output, options->input, 0, &job->writer));
     *out = job;
@@ -358,20 +329,15 @@ done:
     return status;
 }
 
-ts_status ts_job_create_remote(ts_group *leaders, int32_t window, ts_job **out) {
+ts_status ts_job_create_remote(ts_group *leaders, ts_job **out) {
     ts_status status = TS_OK;
-    Ts__Job__Report report = TS__JOB__REPORT__INIT;
     ts_job *job = calloc(1, sizeof *job);
     TS_CHECK(job, TS_ERR_MEMORY, "job: out of memory");
     job->leaders = leaders;
     job->last = &job->first;
     job->for_engine = (ts_engine_job){job, remote_next, remote_done, remote_tick};
-    report.n_wanted = (uint32_t)window;
-    TS_TRY(post_report(job, &report));
     *out = job;
-    job = NULL;
 done:
-    ts_job_free(job);
     return status;
 }
 

@@ -2,13 +2,13 @@
 // and writes records in the order in which they come back.
 //
 //     rank 0:          TS_TRY(ts_job_create_root(leaders, &options, &job));
-//     other leaders:   TS_TRY(ts_job_create_remote(leaders, window, &job));
+//     other leaders:   TS_TRY(ts_job_create_remote(leaders, &job));
 //     then on both:    TS_TRY(ts_engine_run(engine, ts_job_for_engine(job)));
 //                      TS_TRY(ts_job_finish(job));
 //                      ts_job_free(job);
 //
-// Rank 0 runs a replica of its own: it looks after the others between its steps, and they ask for work before they run
-// out of it, so that neither waits for the other.
+// Rank 0 runs a replica of its own: it looks after the others between its steps, and they have a window of lines
+// ahead of their need, so that neither waits for the other.
 #ifndef TS_JOB_H
 #define TS_JOB_H
 
@@ -24,17 +24,17 @@ typedef struct ts_job_progress {
 typedef struct ts_job_options {
     const char *input, *output; // paths, or "-"
     const char *temp_directory; // for the custom_ids of a very long job
-    int32_t window;             // lines a replica may ask for ahead of its need
+    int32_t window;             // lines that another replica is given ahead of its need, 1 or more
     void *context;
     void (*progress)(void *context, const ts_job_progress *progress); // after every step of rank 0's replica
 } ts_job_options;
 
 typedef struct ts_job ts_job;
 
-// leaders is the group of the replicas' leaders, borrowed until free. Collective over leaders with
-// ts_job_create_remote.
+// leaders is the group of the replicas' leaders, borrowed until free. Rank 0 makes the root, every other leader a
+// remote, in any order: lines wait for a leader that comes late.
 ts_status ts_job_create_root(ts_group *leaders, const ts_job_options *options, ts_job **out);
-ts_status ts_job_create_remote(ts_group *leaders, int32_t window, ts_job **out);
+ts_status ts_job_create_remote(ts_group *leaders, ts_job **out);
 void ts_job_free(ts_job *job);
 
 // The callbacks for this leader's engine; borrowed from the job.
